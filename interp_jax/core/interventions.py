@@ -1,0 +1,145 @@
+"""Interventions: what is done to the value of a site.
+
+An intervention is an array (or pytree of arrays) that takes the value's place, a `Masked(value, mask)` that takes
+its place only where the mask is true, or a function from the value to its replacement.
+
+>>> import numpy as np
+>>> apply_intervention(Masked(0.0, np.array([True, False])), np.array([3.0, 4.0]))
+Array([0., 4.], dtype=float32)
+
+Source: interp_jax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from interp_jax.core.errors import ShapeError, four_part
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Replace a value only where a mask is true.
+
+    Args:
+        value: The replacement; an array that broadcasts to the site's shape, or a Python number.
+        mask: Booleans that broadcast to the site's shape; true means replace.
+    """
+
+    value: Any
+    mask: Any
+
+
+jax.tree_util.register_dataclass(Masked, data_fields=["value", "mask"], meta_fields=[])
+
+Intervention: TypeAlias = "jax.Array | Masked | Callable[[Any], Any]"
+
+
+def same_form(value: Any, new: Any, *, where: str, cast: bool = False, hint: str = "") -> Any:
+    """`new` as arrays of the same pytree structure, shapes and dtypes as `value`.
+
+    Python numbers take the dtype of what they replace; everything else must have it already.
+
+    Args:
+        value: The value to be replaced.
+        new: The proposed replacement.
+        where: The site, for the error message.
+        cast: Whether arrays of another dtype are converted instead of refused.
+        hint: A further sentence for the `Fix` line.
+
+    Returns:
+        `new`, with weakly typed leaves converted.
+
+    Raises:
+        ShapeError: Structure, a shape or a dtype differs.
+    """
+    old_leaves, old_tree = jax.tree.flatten(value)
+    new_leaves, new_tree = jax.tree.flatten(new)
+
+    def refuse(what: str, expected: str) -> ShapeError:
+        fix = f"give the new value the form of the old one (or pass cast=True for dtypes only).{hint and ' ' + hint}"
+        return ShapeError(four_part(what, where=f"site {where}", expected=expected, fix=fix))
+
+    if old_tree != new_tree:
+        raise refuse(f"A new value with pytree structure {new_tree} was given", f"the structure {old_tree}.")
+    out = []
+    for old, leaf in zip(old_leaves, new_leaves, strict=True):
+        is_number = isinstance(leaf, (bool, int, float, complex))
+        try:
+            aval = jax.typeof(leaf)
+        except TypeError:
+            raise refuse(
+                f"A new value of type {type(leaf).__name__} was given", f"an array {describe(old)}."
+            ) from None
+        is_weak = is_number or getattr(aval, "weak_type", False)
+        if aval.shape != old.shape and not (is_number and old.shape == ()):
+            raise refuse(f"A new value {describe(leaf)} was given", f"{describe(old)}.")
+        if aval.dtype != old.dtype:
+            if not (is_weak and jnp.can_cast(aval.dtype, old.dtype, "same_kind")) and not cast:
+                raise refuse(f"A new value {describe(leaf)} was given", f"{describe(old)}.")
+            leaf = jnp.asarray(leaf).astype(old.dtype)
+        out.append(leaf)
+    return jax.tree.unflatten(new_tree, out)
+
+
+def describe(value: Any) -> str:
+    """Shape and dtype of an array in words, for messages: "float32[1, 14, 576]"."""
+    aval = jax.typeof(value)
+    return f"{aval.dtype.name}[{', '.join(map(str, aval.shape))}]"
+
+
+def apply_intervention(intervention: Intervention, value: Any, *, where: str = "apply_intervention") -> Any:
+    """The replacement an intervention makes of a value.
+
+    Args:
+        intervention: An array or pytree of arrays, a `Masked`, or a function of the value.
+        value: The value at the site.
+        where: The site, for error messages.
+
+    Returns:
+        A value of the same structure, shapes and dtypes.
+
+    Raises:
+        ShapeError: The replacement does not fit.
+    """
+    if callable(intervention):
+        return same_form(value, intervention(value), where=where)
+    if isinstance(intervention, Masked):
+        mask = jnp.asarray(intervention.mask)
+        replacement = jnp.asarray(intervention.value)
+        fits = _broadcasts(mask, value) and _broadcasts(replacement, value)
+        if mask.dtype != jnp.bool_ or not fits:
+            raise ShapeError(
+                four_part(
+                    f"Masked(value={describe(replacement)}, mask={describe(mask)}) was given",
+                    where=f"site {where}",
+                    expected=f"a value and a bool mask that broadcast to {describe(value)}.",
+                    fix="give value and mask shapes that broadcast to the site's.",
+                )
+            )
+        if not jnp.can_cast(replacement.dtype, value.dtype, "same_kind"):
+            raise ShapeError(
+                four_part(
+                    f"Masked(value={describe(replacement)}) was given",
+                    where=f"site {where}",
+                    expected=f"a value that casts to {value.dtype}.",
+                    fix="convert the replacement to the site's dtype.",
+                )
+            )
+        shape = value.shape
+        return jnp.where(
+            jnp.broadcast_to(mask, shape), jnp.broadcast_to(replacement.astype(value.dtype), shape), value
+        )
+    return same_form(value, intervention, where=where)
+
+
+def _broadcasts(part: Any, value: Any) -> bool:
+    try:
+        return jnp.broadcast_shapes(part.shape, value.shape) == value.shape
+    except ValueError:
+        return False

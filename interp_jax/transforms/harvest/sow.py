@@ -1,0 +1,245 @@
+"""`sow`: the tag that makes a site, as a JAX primitive that compiles to nothing.
+
+A sow is an identity on its value with a name attached. It is an equation of its own in a jaxpr, so that
+interpreters (the running pass, harvest) find it; it lowers to its operands, so that a program nobody listens to
+compiles to the same StableHLO as one without sows. Inside `layer_scope(i)` a sow's site is `Site(i, name)`; inside
+the body of a scan over layers, `layer_scope(loop_layer())` says how the layer follows from the loop's index.
+
+>>> import jax
+>>> def layer(x):
+...     with layer_scope(3):
+...         return sow(x * 2.0, name="mlp_out")
+>>> print(jax.make_jaxpr(layer)(1.0).eqns[-1].primitive)
+sow
+
+Sharp edges: under differentiation a sow's primal is sown and its tangent passes by, so a value replaced inside a
+function that was already differentiated does not change the derivative there. Under vmap the value keeps its
+layout; readers present it with the mapped axis first.
+
+Source: Oryx Harvest for the semantics of tag, name, mode and key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from interp_jax.core.errors import InvalidInputError, four_part
+from interp_jax.core.sites import Site
+
+SITE_TAG = "site"
+MODES = ("strict", "append", "clobber", "cond_clobber")
+
+
+class LoopLayer(NamedTuple):
+    """How the layer of a sow in a loop's body follows from the loop's index: `offset + stride * index`."""
+
+    stride: int
+    offset: int
+    depth: int
+
+
+@dataclass(frozen=True)
+class _TracedLoopLayer:
+    """A `LoopLayer` together with the loop's own index, which only the python engine needs."""
+
+    spec: LoopLayer
+    index: Any
+    length: int
+
+
+class SownHere(NamedTuple):
+    """What a sow hands to a listener: everything about the sow but its value."""
+
+    name: str
+    layer: int | LoopLayer | None
+    index: Any
+    length: int | None
+
+
+_LAYER: ContextVar[int | LoopLayer | _TracedLoopLayer | None] = ContextVar("layer", default=None)
+# Set by the python engine inside its greenlet: gets every sow of the site tag and returns the value to go on with.
+LISTENER: ContextVar[Callable[[SownHere, Any], Any] | None] = ContextVar("listener", default=None)
+
+
+class layer_scope:  # noqa: N801 - used like a function
+    """Context in which every sow belongs to a layer.
+
+    Args:
+        layer: Index of the layer (>= 0), None for outside the layers, or `loop_layer(...)` in the body of a scan.
+
+    Raises:
+        InvalidInputError: The layer is negative or not an integer.
+    """
+
+    def __init__(self, layer: int | LoopLayer | _TracedLoopLayer | None):
+        is_index = isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0
+        if not (layer is None or is_index or isinstance(layer, (LoopLayer, _TracedLoopLayer))):
+            raise InvalidInputError(
+                four_part(
+                    f"{layer!r} ({type(layer).__name__}) was given as a layer",
+                    where="layer_scope",
+                    expected="an int >= 0, None, or loop_layer(...).",
+                    fix="inside a scan over layers use layer_scope(loop_layer()); elsewhere give the layer's index.",
+                )
+            )
+        self._layer = layer
+
+    def __enter__(self) -> None:
+        self._token = _LAYER.set(self._layer)
+
+    def __exit__(self, *exc: object) -> None:
+        _LAYER.reset(self._token)
+
+
+def loop_layer(
+    stride: int = 1, offset: int = 0, *, depth: int = 0, index: Any = None, length: int | None = None
+) -> Any:
+    """The layer of the current iteration of a loop: `offset + stride * index`.
+
+    Args:
+        stride: Layers per iteration (2 for a scan over pairs of layers).
+        offset: Layer of the first iteration.
+        depth: Number of loops between the sow and the loop over layers; 0 is the innermost loop.
+        index: The loop's own (traced) index. Only `engine="python"` needs it.
+        length: The loop's number of iterations. Only `engine="python"` needs it.
+
+    Returns:
+        A value for `layer_scope`.
+    """
+    spec = LoopLayer(stride, offset, depth)
+    if index is None:
+        return spec
+    if length is None:
+        raise InvalidInputError(
+            four_part(
+                "loop_layer was given an index but no length",
+                expected="both, or neither.",
+                fix="pass length= the number of iterations of the loop.",
+            )
+        )
+    return _TracedLoopLayer(spec, index, length)
+
+
+sow_p = Primitive("sow")
+sow_p.multiple_results = True
+
+
+def sow(value: Any, *, name: str, tag: str = SITE_TAG, mode: str = "strict", key: Any = None) -> Any:
+    """Mark a value as a site; the identity for everything but those who listen.
+
+    Args:
+        value: An array or pytree of arrays (PRNG key arrays too).
+        name: Name of the site.
+        tag: Family of sows this one belongs to. Sites have the tag "site".
+        mode: What a harvest does with several sows of one name: "strict", "append", "clobber" or "cond_clobber".
+        key: A value the sow is made to depend on.
+
+    Returns:
+        The value, or what a listener put in its place.
+
+    Raises:
+        InvalidInputError: Name or tag is not a string, or the mode is unknown.
+    """
+    if not (isinstance(name, str) and isinstance(tag, str) and name):
+        raise InvalidInputError(
+            four_part(
+                f"sow(name={name!r}, tag={tag!r}) was given",
+                expected="a non-empty string as name, and a string as tag.",
+                fix="name the site, for example sow(x, name='mlp_out').",
+            )
+        )
+    if mode not in MODES:
+        raise InvalidInputError(
+            four_part(f"Unknown mode {mode!r}", where=f"sow(name={name!r})", names=MODES, given=str(mode), fix="use one.")
+        )
+    layer = _LAYER.get()
+    spec, index, length = layer, None, None
+    if isinstance(layer, _TracedLoopLayer):
+        spec, index, length = layer.spec, layer.index, layer.length
+    listener = LISTENER.get()
+    if listener is not None and tag == SITE_TAG:
+        return listener(SownHere(name, spec, index, length), value)  # type: ignore[arg-type]
+    leaves, tree = jax.tree.flatten(value)
+    leaves = [leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf) for leaf in leaves]
+    outs = sow_p.bind(
+        *leaves, *jax.tree.leaves(key), tag=tag, name=name, mode=mode, layer=spec, tree=tree, batch_axes=()
+    )
+    return jax.tree.unflatten(tree, outs)
+
+
+def site_of(params: dict[str, Any], loop_indices: Sequence[int] = ()) -> Site:
+    """The site of a sow equation, given the indices of the loops around it (innermost last)."""
+    layer = params["layer"]
+    if isinstance(layer, LoopLayer):
+        if layer.depth >= len(loop_indices):
+            raise InvalidInputError(
+                four_part(
+                    f"Site {params['name']!r} lies in layer_scope(loop_layer(depth={layer.depth}))",
+                    where=f"{len(loop_indices)} loop(s)",
+                    expected="a scan over layers around the sow.",
+                    fix="use loop_layer only in the body of a scan; elsewhere layer_scope(i).",
+                )
+            )
+        layer = layer.offset + layer.stride * loop_indices[-1 - layer.depth]
+    return Site(layer, params["name"])
+
+
+def value_seen(leaves: Sequence[Any], params: dict[str, Any]) -> Any:
+    """A sow's operands as its reader sees them: the pytree that was sown, mapped axes first (outermost vmap first)."""
+    leaves = list(leaves[: params["tree"].num_leaves])
+    for depth, axes in enumerate(reversed(params["batch_axes"])):
+        leaves = [
+            leaf if axis is None else jnp.moveaxis(leaf, axis + depth, depth)
+            for leaf, axis in zip(leaves, axes, strict=True)
+        ]
+    return jax.tree.unflatten(params["tree"], leaves)
+
+
+def leaves_of_seen(value: Any, params: dict[str, Any]) -> list[Any]:
+    """The inverse of `value_seen`: from the value a reader sees back to the sow's results."""
+    leaves = jax.tree.leaves(value)
+    stack = list(enumerate(reversed(params["batch_axes"])))
+    for depth, axes in reversed(stack):
+        leaves = [
+            leaf if axis is None else jnp.moveaxis(leaf, depth, axis + depth)
+            for leaf, axis in zip(leaves, axes, strict=True)
+        ]
+    return leaves
+
+
+def _n_values(params: dict[str, Any]) -> int:
+    return params["tree"].num_leaves
+
+
+def _identity(*operands: Any, **params: Any) -> list[Any]:
+    return list(operands[: _n_values(params)])
+
+
+def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[list[Any], list[Any]]:
+    return sow_p.bind(*primals, **params), list(tangents[: _n_values(params)])
+
+
+def _transpose(cotangents: Sequence[Any], *operands: Any, **params: Any) -> list[Any]:
+    return [*cotangents, *[None] * (len(operands) - _n_values(params))]
+
+
+def _batch(operands: Sequence[Any], axes: Sequence[int | None], **params: Any) -> tuple[list[Any], list[Any]]:
+    own_axes = tuple(axes[: _n_values(params)])
+    params["batch_axes"] = (*params["batch_axes"], own_axes)
+    return sow_p.bind(*operands, **params), list(own_axes)
+
+
+sow_p.def_impl(_identity)
+sow_p.def_abstract_eval(_identity)
+mlir.register_lowering(sow_p, lambda ctx, *operands, **params: _identity(*operands, **params))
+ad.primitive_jvps[sow_p] = _jvp
+ad.primitive_transposes[sow_p] = _transpose
+batching.primitive_batchers[sow_p] = _batch
