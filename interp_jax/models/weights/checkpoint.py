@@ -1,0 +1,286 @@
+"""A model as it lies on disk: configuration, named tensors, tokenizer.
+
+Every format is brought to one convention, that of a Hugging Face directory: `config` has the keys of its
+`config.json`, `tensors` its tensor names and layouts. A family's converter then takes the tensors one by one, saying
+which shape it expects, and every tensor that is missing, left over or misshapen is reported at once. Tensors are read
+when they are taken, so that no second copy of the model has to fit into memory.
+
+>>> import numpy as np
+>>> tensors = Tensors.from_arrays({"wte.weight": np.ones((5, 2), np.float32), "h.0.attn.bias": np.ones(4, bool)})
+>>> checkpoint = Checkpoint("gpt2", {"vocab_size": 5}, tensors, tokenizer=None, source="memory")
+>>> with checkpoint.intake(ignorable=("*.attn.bias",)) as intake:
+...     embedding = intake.take("wte.weight", (5, 2))
+
+Sharp edges: after the first offender `take` no longer reads and returns zeros of the expected shape; the report at
+the end of the `with` block is what stops them from being used.
+
+Source: interp_jax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from interp_jax.core.errors import LoadError, UnsupportedModelError, closest, four_part, shorten
+
+if TYPE_CHECKING:
+    from interp_jax.models.tokenizers import Tokenizer
+
+# Keys of any Hugging Face config that say nothing about the forward pass: where the model came from, how to sample
+# from it, which outputs its own classes return, how it was initialised and regularised in training.
+# fmt: off
+NEUTRAL_KEYS = frozenset(
+    {
+        "_attn_implementation_autoset", "_name_or_path", "add_cross_attention", "architectures", "auto_map",
+        "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward",
+        "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping",
+        "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty", "finetuning_task",
+        "forced_bos_token_id", "forced_eos_token_id", "id2label", "initializer_range", "is_decoder",
+        "is_encoder_decoder", "label2id", "length_penalty", "max_length", "min_length", "model_type",
+        "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions",
+        "output_hidden_states", "output_scores", "pad_token_id", "prefix", "problem_type", "remove_invalid_values",
+        "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens",
+        "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k",
+        "top_p", "torch_dtype", "torchscript", "transformers_version", "typical_p", "unk_token_id", "use_bfloat16",
+        "use_cache",
+    }
+)
+# fmt: on
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyTensor:
+    """A tensor in a file: its shape and dtype are known, its values are read by `read()`."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+class Tensors(Mapping[str, np.ndarray]):
+    """Tensors by name, read from their file each time they are looked up.
+
+    Args:
+        entries: The tensors, in the order of the file.
+    """
+
+    def __init__(self, entries: Mapping[str, LazyTensor]) -> None:
+        self._entries = dict(entries)
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Tensors:
+        """Tensors that are in memory already."""
+        entries = {}
+        for name, array in arrays.items():
+            entries[name] = LazyTensor(array.shape, array.dtype, lambda array=array: array)
+        return cls(entries)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The values of tensor `name`, read now."""
+        return self._entries[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries  # Mapping's own version would read the tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of tensor `name`, without reading it."""
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype tensor `name` has once read, without reading it."""
+        return self._entries[name].dtype
+
+    def __repr__(self) -> str:
+        n_values = sum(int(np.prod(entry.shape, dtype=np.int64)) for entry in self._entries.values())
+        return f"Tensors({len(self)} tensors, {n_values:,} values, read on access)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model's files in the Hugging Face convention.
+
+    Attributes:
+        family: The upstream family, a key of `interp_jax.models.loading.FAMILIES`.
+        config: The keys and values of a Hugging Face `config.json`.
+        tensors: The weights under their Hugging Face names, in Hugging Face layout.
+        tokenizer: Text to token ids and back; None when the files hold no tokenizer.
+        source: Where it came from, for error messages and provenance.
+    """
+
+    family: str
+    config: Mapping[str, Any]
+    tensors: Tensors
+    tokenizer: Tokenizer | None
+    source: str
+
+    def check_config(self, *, handled: Collection[str], ignorable: Collection[str] = ()) -> None:
+        """Refuse configuration keys that nobody here knows: they may change the model.
+
+        A key whose value is None or empty says nothing and passes.
+
+        Args:
+            handled: Keys the family's converter reads.
+            ignorable: Keys it knows to leave the forward pass as it is.
+
+        Raises:
+            UnsupportedModelError: There is an unknown key.
+        """
+        known = set(handled) | set(ignorable) | NEUTRAL_KEYS
+        unknown = {key: value for key, value in self.config.items() if key not in known and value not in (None, [], {})}
+        if not unknown:
+            return
+        listed = ", ".join(f"{key}={value!r}" for key, value in unknown.items())
+        near = [f"{key!r} resembles {name!r}" for key in unknown for name in closest(key, handled)]
+        raise UnsupportedModelError(
+            four_part(
+                f"Unknown configuration keys {listed}",
+                where=self.source,
+                expected=f"keys the {self.family} family handles: {shorten(sorted(handled), limit=40)}"
+                + (f". {'; '.join(near)}" if near else ""),
+                fix="if these keys leave the forward pass unchanged, remove them from config.json; otherwise the "
+                f"patch set of {self.family} has to learn them (HANDLED_KEYS, IGNORABLE_KEYS).",
+            )
+        )
+
+    def intake(self, *, ignorable: Iterable[str] = (), optional_prefix: str = "") -> Intake:
+        """A context in which a converter takes the tensors; what does not fit is reported at its end.
+
+        Args:
+            ignorable: Glob patterns of tensors that may be left over, such as "*.attn.bias" (mask buffers).
+            optional_prefix: A prefix of the canonical names that the file may lack, such as "transformer.".
+        """
+        return Intake(self, ignorable=tuple(ignorable), optional_prefix=optional_prefix)
+
+
+class Intake:
+    """Takes each tensor of a checkpoint once; knows at the end what was missing, left over or misshapen.
+
+    Args:
+        checkpoint: Where the tensors come from.
+        ignorable: Glob patterns of tensors that may be left over.
+        optional_prefix: A prefix of the canonical names that the file may lack.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, ignorable: tuple[str, ...] = (), optional_prefix: str = "") -> None:
+        self._source = checkpoint.source
+        self._tensors = checkpoint.tensors
+        self._ignorable = ignorable
+        self._prefix = optional_prefix
+        self._taken: set[str] = set()
+        self._missing: list[str] = []
+        self._misfits: list[tuple[str, str]] = []  # (name, what is wrong with it)
+
+    def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """The values of tensor `name`, in the dtype of the file.
+
+        Args:
+            name: Its canonical name.
+            shape: The shape the configuration implies.
+
+        Returns:
+            The values; zeros once something did not fit, since the report at the end will stop the load anyway.
+        """
+        found = self._find(name)
+        if found is None:
+            self._missing.append(name)
+        else:
+            self._taken.add(found)
+            dtype = self._tensors.dtype(found)
+            if self._tensors.shape(found) != tuple(shape):
+                self._misfits.append((found, f"has shape {self._tensors.shape(found)}, expected {tuple(shape)}"))
+            elif not _is_float(dtype):
+                self._misfits.append((found, f"has dtype {dtype}, expected floating point"))
+        if found is None or self._missing or self._misfits:
+            return np.broadcast_to(np.float32(0), shape)
+        return self._tensors[found]
+
+    def take_if_present(self, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
+        """As `take`, but None when there is no such tensor (an untied `lm_head.weight`, an optional bias)."""
+        return None if self._find(name) is None else self.take(name, shape)
+
+    def finish(self) -> None:
+        """Report everything that did not fit; leaving the `with` block calls it.
+
+        Raises:
+            LoadError: A tensor is missing, left over, or has the wrong shape or dtype.
+        """
+        extra = [
+            name
+            for name in self._tensors
+            if name not in self._taken and not any(fnmatch.fnmatchcase(name, glob) for glob in self._ignorable)
+        ]
+        if not (self._missing or self._misfits or extra):
+            return
+        lines = [f"Weights that do not fit the configuration in {self._source}"]
+        if self._missing:
+            lines.append(f"    missing ({len(self._missing)}): {_grouped(self._missing)}")
+        if extra:
+            lines.append(f"    left over ({len(extra)}): {_grouped(extra)}")
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self._misfits:
+            by_reason.setdefault(reason, []).append(name)
+        lines += [f"    {_grouped(names)} {reason}" for reason, names in by_reason.items()]
+        near = [(name, found[0]) for name in self._missing if (found := closest(name, extra))]
+        lines += [f"    is {given!r} meant to be {name!r}?" for name, given in near[:3]]
+        expected = "each tensor the configuration implies, once and in its shape, and no other"
+        if self._ignorable:
+            expected += f" (may be left over: {', '.join(self._ignorable)})"
+        raise LoadError(
+            four_part(
+                "\n".join(lines),
+                expected=expected,
+                fix="check that config.json and the weights belong together and that the download is complete.",
+            )
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # A converter may stumble over the zeros of an offender: the offender is then the thing to report.
+        if error is None or self._missing or self._misfits:
+            self.finish()
+
+    def _find(self, name: str) -> str | None:
+        """The name under which the file holds tensor `name`."""
+        candidates = [name]
+        if self._prefix and name.startswith(self._prefix):
+            candidates.append(name.removeprefix(self._prefix))
+        return next((candidate for candidate in candidates if candidate in self._tensors), None)
+
+
+def _is_float(dtype: np.dtype) -> bool:
+    """Whether values of `dtype` are floating point, ml_dtypes' bfloat16 and float8 included."""
+    return np.issubdtype(dtype, np.floating) or dtype.name.startswith(("bfloat", "float"))
+
+
+def _grouped(names: Iterable[str]) -> str:
+    """Names joined by commas, those that differ only in their numbers as one: `h.{0..11}.ln_1.bias`."""
+    groups: dict[str, list[list[int]]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r"\d+", "#", name), []).append([int(n) for n in re.findall(r"\d+", name)])
+    shown = []
+    for form, numbers in groups.items():
+        for column in zip(*numbers, strict=True):
+            values = sorted(set(column))
+            runs = len(values) > 2 and values[-1] - values[0] == len(values) - 1
+            text = f"{values[0]}..{values[-1]}" if runs else ",".join(map(str, values))
+            form = form.replace("#", str(values[0]) if len(values) == 1 else "{" + text + "}", 1)
+        shown.append(form)
+    return shorten(shown)
