@@ -53,7 +53,6 @@ NEUTRAL_KEYS = frozenset(
     }
 )
 # fmt: on
-)
 
 
 @dataclasses.dataclass(frozen=True)
