@@ -1,0 +1,104 @@
+"""interp_jax: read and change any intermediate value of a JAX language model somebody else wrote.
+
+This is the front door: it only re-exports, and only when a name is first used, so importing it touches no device
+and costs next to nothing. Nothing inside the package imports it.
+
+>>> import interp_jax as ij
+>>> def model(x):
+...     return ij.sow(x + 1.0, name="hidden") * 2.0
+>>> for layer, name, value in (running_pass := ij.run(model, 3.0)):
+...     running_pass.modified_value = value * 10.0
+>>> float(running_pass.retval)
+80.0
+
+Map and reading order, bottom up; each folder imports only from those above it in this list:
+
+- `core`: the nouns. Sites and selectors, interventions, activations, results on disk, errors.
+- `transforms`: function to function. `greenlets` (generators out of any call stack), `patcher` (syntax-tree
+  patches for code we do not own), `harvest` (sow), `running_pass` (the loop and its two engines).
+- `models`, `data`: `LanguageModel`, loading and weight files, tokenizers; prompts.
+- `patches` (a top-level folder): one module per upstream model family.
+- `forward`, `methods`, `figures`: sweeps, methods, pictures.
+- `cli`: the `interp-jax` command.
+
+Sharp edges: a name in `dir(interp_jax)` is imported at first use, so a missing dependency shows only then.
+
+Source: PEP 562 for the module's `__getattr__`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from interp_jax.core.activations import Activations as Activations
+    from interp_jax.core.errors import InterleavingError as InterleavingError
+    from interp_jax.core.errors import InterpError as InterpError
+    from interp_jax.core.errors import InvalidInputError as InvalidInputError
+    from interp_jax.core.errors import LoadError as LoadError
+    from interp_jax.core.errors import PatchError as PatchError
+    from interp_jax.core.errors import RunningPassError as RunningPassError
+    from interp_jax.core.errors import ShapeError as ShapeError
+    from interp_jax.core.errors import SiteNotReachedError as SiteNotReachedError
+    from interp_jax.core.errors import UnknownNameError as UnknownNameError
+    from interp_jax.core.errors import UnsupportedModelError as UnsupportedModelError
+    from interp_jax.core.interventions import Masked as Masked
+    from interp_jax.core.sites import Site as Site
+    from interp_jax.models.language_model import LanguageModel as LanguageModel
+    from interp_jax.models.loading import load as load
+    from interp_jax.transforms import greenlets as greenlets
+    from interp_jax.transforms import harvest as harvest
+    from interp_jax.transforms.harvest import layer_scope as layer_scope
+    from interp_jax.transforms.harvest import loop_layer as loop_layer
+    from interp_jax.transforms.harvest import sow as sow
+    from interp_jax.transforms.patcher import Patcher as Patcher
+    from interp_jax.transforms.patcher import PatchSet as PatchSet
+    from interp_jax.transforms.running_pass import RunningPass as RunningPass
+    from interp_jax.transforms.running_pass import compilations as compilations
+    from interp_jax.transforms.running_pass import list_sites as list_sites
+    from interp_jax.transforms.running_pass import run as run
+
+# Where each name lives; a submodule is named by its parent. A test compares this table with the imports above.
+_HOMES = {
+    "interp_jax.core.activations": ("Activations",),
+    "interp_jax.core.errors": (
+        "InterleavingError",
+        "InterpError",
+        "InvalidInputError",
+        "LoadError",
+        "PatchError",
+        "RunningPassError",
+        "ShapeError",
+        "SiteNotReachedError",
+        "UnknownNameError",
+        "UnsupportedModelError",
+    ),
+    "interp_jax.core.interventions": ("Masked",),
+    "interp_jax.core.sites": ("Site",),
+    "interp_jax.models.language_model": ("LanguageModel",),
+    "interp_jax.models.loading": ("load",),
+    "interp_jax.transforms": ("greenlets", "harvest"),
+    "interp_jax.transforms.harvest": ("layer_scope", "loop_layer", "sow"),
+    "interp_jax.transforms.patcher": ("Patcher", "PatchSet"),
+    "interp_jax.transforms.running_pass": ("RunningPass", "compilations", "list_sites", "run"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)  # noqa: PLE0605 - the names live in one table
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(home)
+    value = getattr(module, name, None)
+    if value is None:
+        value = importlib.import_module(f"{home}.{name}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
