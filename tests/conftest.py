@@ -1,0 +1,63 @@
+"""The strict session every test runs in, and the fixtures `key` and `rng`.
+
+Two CPU devices, no silent promotion of dtypes or ranks, warnings are errors (pyproject.toml), and random keys that
+differ from session to session and print their seed: `INTERP_TEST_SEED=<seed>` repeats a session.
+
+Source: interp_jax.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import zlib
+
+# Before JAX is imported: it reads these once.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2".strip()
+# A persistent cache would hide what compiles, and compile counts are under test.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+os.environ["MPLBACKEND"] = "agg"
+# No test may fetch a model from a hub by accident.
+os.environ["HF_HUB_OFFLINE"] = "1"
+# Worker processes of pytest-xdist inherit it, so all of a session's tests share one seed.
+SESSION_SEED = int(os.environ.setdefault("INTERP_TEST_SEED", str(secrets.randbelow(2**31))))
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# The first example of a property test may compile; a time limit per example would measure that.
+hypothesis.settings.register_profile("house", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("house")
+
+
+def pytest_report_header() -> list[str]:
+    """The versions and the seed, so that a failure can be repeated."""
+    return [
+        f"jax {jax.__version__}, {jax.device_count()} CPU devices; repeat this session with INTERP_TEST_SEED={SESSION_SEED}"
+    ]
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A seed of this test's own, which does not depend on the order in which tests run."""
+    value = (SESSION_SEED ^ zlib.crc32(request.node.nodeid.encode())) % 2**31
+    # Shown by pytest when the test fails.
+    print(f"INTERP_TEST_SEED={SESSION_SEED} (seed of this test: {value})")
+    return value
+
+
+@pytest.fixture
+def key(seed: int) -> jax.Array:
+    """A random key; its seed is printed when the test fails."""
+    return jax.random.key(seed)
+
+
+@pytest.fixture
+def rng(seed: int) -> np.random.Generator:
+    """A NumPy generator; its seed is printed when the test fails."""
+    return np.random.default_rng(seed)
