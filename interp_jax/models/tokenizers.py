@@ -1,0 +1,347 @@
+"""Text to token ids and back, by the rules the model was trained with.
+
+A `Tokenizer` is a thin frozen wrapper over Hugging Face's `tokenizers`. It comes from the `tokenizer.json` of a model
+directory, or is rebuilt from the metadata of a GGUF file, which holds vocabulary and merges, but of the rule that cuts
+text into words before merging (the pre-tokenizer) only a name. What each name means is fixed by llama.cpp, whose
+converter wrote it; a wrong rule gives other tokens for digits or punctuation without any error, so names we do not
+know are refused.
+
+>>> letters = [chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]]
+>>> tokenizer = from_gguf_metadata({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm",
+...     "tokenizer.ggml.tokens": [*letters, "ab"], "tokenizer.ggml.merges": ["a b"]})
+>>> tokenizer.encode("abc"), tokenizer.decode(tokenizer.encode("abc é 12"))
+([256, 66], 'abc é 12')
+
+Sharp edges: text that spells a special token ("<|im_start|>") is read as that token. A character cut in two by token
+borders shows as U+FFFD when its tokens are decoded one by one.
+
+Source: https://github.com/ggml-org/llama.cpp (src/llama-vocab.cpp, the rules behind `tokenizer.ggml.pre`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from interp_jax.core.errors import InvalidInputError, LoadError, UnsupportedModelError, four_part
+
+if TYPE_CHECKING:
+    import tokenizers
+
+# The cut of GPT-2: contractions, then letters, numbers or other marks with at most one space before, then spaces.
+_GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+
+# What llama.cpp does for each `tokenizer.ggml.pre`: expressions applied one after the other; each cuts every piece so
+# far into its matches and what lies between them.
+PRE_TOKENIZERS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("gpt-2", "gpt2", "mpt", "olmo", "jais", "trillion", "granite-docling"), (_GPT2_WORDS,)),
+    **dict.fromkeys(
+        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), (r"\p{N}", _GPT2_WORDS)
+    ),
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2_WORDS, r"\p{N}+", r"[0-9][0-9][0-9]"),
+}
+
+_CONTROL, _USER_DEFINED = 3, 4  # values of `tokenizer.ggml.token_type`
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Tokenizer:
+    """Text to token ids and back.
+
+    Attributes:
+        backend: The `tokenizers.Tokenizer` that does the work.
+        bos_id: The token that begins a text, None if the model has none.
+        eos_id: The token that ends one, None if the model has none.
+    """
+
+    backend: tokenizers.Tokenizer
+    bos_id: int | None = None
+    eos_id: int | None = None
+
+    @property
+    def d_vocab(self) -> int:
+        """The number of tokens, special ones included (the model's embedding may have more rows)."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of `text`.
+
+        Args:
+            text: Any text.
+            add_special_tokens: Whether to add what the model's own tokenizer adds (for many models a leading
+                `bos_id`; nothing for GPT-2 and SmolLM2).
+
+        Returns:
+            The ids; the empty list for the empty text, unless special tokens are added.
+
+        Raises:
+            InvalidInputError: `text` is not a string, or not valid Unicode.
+        """
+        if not isinstance(text, str):
+            raise InvalidInputError(
+                four_part(
+                    f"Not a text: {text!r:.80} ({type(text).__name__})",
+                    where="encode",
+                    expected="one str.",
+                    fix="for several texts encode them one by one, or use lm.tokenize(list).",
+                )
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidInputError(
+                four_part(
+                    f"Text with half a character (a lone surrogate) at position {error.start}: {text!r:.80}",
+                    where="encode",
+                    expected="text that has a UTF-8 form.",
+                    fix="decode the bytes it came from with errors='replace'.",
+                )
+            ) from None
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, tokens: Iterable[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of token ids.
+
+        Args:
+            tokens: Ids, as ints or a one-dimensional integer array. Negative ones are padding and say nothing.
+            skip_special_tokens: Whether to leave out `bos_id`, `eos_id` and other control tokens.
+
+        Returns:
+            The text.
+
+        Raises:
+            InvalidInputError: An id is not in the vocabulary.
+        """
+        return self.backend.decode(self._checked(tokens), skip_special_tokens=skip_special_tokens)
+
+    def strings(self, tokens: Iterable[int]) -> list[str]:
+        """The text of each token alone, for tables and axis labels; padding (negative ids) gives the empty text.
+
+        Args:
+            tokens: Ids, as ints or a one-dimensional integer array.
+
+        Returns:
+            One text per id.
+
+        Raises:
+            InvalidInputError: An id is not in the vocabulary.
+        """
+        return [self.decode([token]) for token in tokens]
+
+    def token_id(self, text: str) -> int:
+        """The id of a text that is exactly one token, such as " Mary" (words carry their leading space).
+
+        Args:
+            text: The text of one token.
+
+        Returns:
+            Its id.
+
+        Raises:
+            InvalidInputError: `text` is no token or several.
+        """
+        ids = self.encode(text, add_special_tokens=False)
+        if len(ids) != 1:
+            raise InvalidInputError(
+                four_part(
+                    f"{text!r} is not one token but {len(ids)}: {self.strings(ids)}",
+                    where="token_id",
+                    expected="the text of exactly one token; words inside a text carry their leading space.",
+                    fix=f"try {' ' + text.strip()!r}, or take one of the tokens above.",
+                )
+            )
+        return ids[0]
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.d_vocab:,} tokens, bos_id={self.bos_id}, eos_id={self.eos_id})"
+
+    def _checked(self, tokens: Iterable[int]) -> list[int]:
+        ids = [int(token) for token in tokens]
+        wrong = [token for token in ids if token >= self.d_vocab]
+        if wrong:
+            raise InvalidInputError(
+                four_part(
+                    f"Token ids outside the vocabulary: {wrong[:8]}",
+                    where="decode",
+                    expected=f"ids from 0 to {self.d_vocab - 1}, or negative for padding.",
+                    fix="pass token ids, not positions or logits.",
+                )
+            )
+        return [token for token in ids if token >= 0]
+
+
+def from_directory(directory: Path) -> Tokenizer | None:
+    """The tokenizer of a Hugging Face model directory.
+
+    Args:
+        directory: Where `tokenizer.json` lies, and perhaps `tokenizer_config.json`, `special_tokens_map.json` and
+            `config.json`, which name the special tokens. GPT-2's older pair `vocab.json`, `merges.txt` will do too.
+
+    Returns:
+        The tokenizer, or None when there is none.
+
+    Raises:
+        LoadError: A file is damaged.
+    """
+    import tokenizers
+
+    path = directory / "tokenizer.json"
+    try:
+        if path.exists():
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        elif (directory / "vocab.json").exists() and (directory / "merges.txt").exists():
+            path = directory / "vocab.json"
+            model = tokenizers.models.BPE.from_file(str(path), str(directory / "merges.txt"))
+            backend = _byte_level(model, PRE_TOKENIZERS["gpt2"])
+        else:
+            return None
+    except Exception as error:  # tokenizers raises bare Exception for whatever is wrong with a file
+        raise LoadError(
+            four_part(
+                f"Damaged tokenizer file {path.name} ({error})",
+                where=str(directory),
+                expected="a file of Hugging Face's `tokenizers`, complete.",
+                fix="download the file again, or save it again with `Tokenizer.save`.",
+            )
+        ) from error
+    return Tokenizer(backend, _named_token(directory, backend, "bos"), _named_token(directory, backend, "eos"))
+
+
+def from_gguf_metadata(metadata: Mapping[str, Any], *, source: str = "GGUF metadata") -> Tokenizer:
+    """The tokenizer a GGUF file describes.
+
+    Args:
+        metadata: The file's keys and values (`tokenizer.ggml.tokens`, `.merges`, `.pre`, ...).
+        source: The file, for error messages.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        UnsupportedModelError: It is not byte-level BPE, or its pre-tokenizer is not known here.
+        LoadError: Part of the description is missing or contradicts the rest.
+
+    Source: llama.cpp, src/llama-vocab.cpp.
+    """
+    import tokenizers
+
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind != "gpt2":
+        raise UnsupportedModelError(
+            four_part(
+                f"Tokenizer of kind {kind!r} (tokenizer.ggml.model)",
+                where=source,
+                expected="'gpt2', that is byte-level BPE.",
+                fix="load the model from a Hugging Face directory with tokenizer.json.",
+            )
+        )
+    pre = metadata.get("tokenizer.ggml.pre", "default")
+    if pre not in PRE_TOKENIZERS:
+        raise UnsupportedModelError(
+            four_part(
+                f"Unknown pre-tokenizer {pre!r} (tokenizer.ggml.pre)",
+                where=source,
+                names=PRE_TOKENIZERS,
+                given=str(pre),
+                fix="load the model from a Hugging Face directory with tokenizer.json, or add the expressions of this "
+                "pre-tokenizer to PRE_TOKENIZERS in interp_jax/models/tokenizers.py.",
+            )
+        )
+    lacking = [key for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.merges") if key not in metadata]
+    if lacking:
+        raise LoadError(
+            four_part(
+                f"A tokenizer without {' and '.join(lacking)}",
+                where=source,
+                expected="the whole vocabulary and the merges of byte-level BPE.",
+                fix="download the file again, or load the model from a Hugging Face directory.",
+            )
+        )
+    tokens: Sequence[str] = metadata["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    try:
+        model = tokenizers.models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges)
+    except Exception as error:  # tokenizers raises bare Exception when a merge is not a pair of known tokens
+        raise LoadError(
+            four_part(
+                f"Merges that do not fit the vocabulary ({error})",
+                where=source,
+                expected="in tokenizer.ggml.merges pairs of tokens whose union is a token.",
+                fix="download the file again.",
+            )
+        ) from error
+    backend = _byte_level(model, PRE_TOKENIZERS[pre])
+    kinds = metadata.get("tokenizer.ggml.token_type", ())
+    for token, token_kind in zip(tokens, kinds, strict=False):
+        if token_kind in (_CONTROL, _USER_DEFINED):
+            is_special = token_kind == _CONTROL
+            added = tokenizers.AddedToken(token, normalized=False, special=is_special)
+            backend.add_special_tokens([added]) if is_special else backend.add_tokens([added])
+    bos_id, eos_id = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
+    _add_ends(
+        backend,
+        before=bos_id if metadata.get("tokenizer.ggml.add_bos_token") else None,
+        after=eos_id if metadata.get("tokenizer.ggml.add_eos_token") else None,
+    )
+    return Tokenizer(backend, bos_id, eos_id)
+
+
+def _byte_level(model: tokenizers.models.Model, expressions: Sequence[str]) -> tokenizers.Tokenizer:
+    """A tokenizer that cuts text by `expressions`, writes the pieces as bytes and merges them."""
+    import tokenizers
+    from tokenizers import decoders, pre_tokenizers
+
+    backend = tokenizers.Tokenizer(model)
+    cuts = [pre_tokenizers.Split(tokenizers.Regex(expression), behavior="isolated") for expression in expressions]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _add_ends(backend: tokenizers.Tokenizer, *, before: int | None, after: int | None) -> None:
+    """Make `backend` put tokens before and after each text."""
+    from tokenizers import processors
+
+    if before is None and after is None:
+        return
+    ends = {name: index for name, index in (("[before]", before), ("[after]", after)) if index is not None}
+    template = " ".join(
+        [*(["[before]"] if before is not None else []), "$A", *(["[after]"] if after is not None else [])]
+    )
+    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=list(ends.items()))
+
+
+def _named_token(directory: Path, backend: tokenizers.Tokenizer, role: str) -> int | None:
+    """The id of the "bos" or "eos" token: by its text where a tokenizer file names it, else by the config's id."""
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        named = _read_json(directory / file).get(f"{role}_token")
+        text = named.get("content") if isinstance(named, dict) else named
+        if text is not None and (token := backend.token_to_id(text)) is not None:
+            return token
+    token = _read_json(directory / "config.json").get(f"{role}_token_id")
+    return token[0] if isinstance(token, list) else token
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; nothing when there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"holds a {type(value).__name__}")
+    except ValueError as error:
+        raise LoadError(
+            four_part(
+                f"Damaged {path.name} ({error})",
+                where=str(path.parent),
+                expected="one JSON object.",
+                fix="download the file again.",
+            )
+        ) from error
+    return value
