@@ -1,0 +1,391 @@
+"""Plans: a jaxpr cut into pieces at the selected sites.
+
+A plan is a list of steps over numbered slots. Equations between two sites form a `Chunk`, which will run as one
+compiled function; a selected sow is a `SiteStep`; control flow that has selected sites inside becomes a step with
+plans of its own. Calls (jit, checkpoint, custom_jvp, custom_vjp) that have selected sites inside are opened and
+their equations take their place in the list; every other call stays whole.
+
+Slots are numbers, not jaxpr variables, because one inner jaxpr may be opened several times (a layer's function
+called once per layer), each time with other operands.
+
+>>> import jax
+>>> from interp_jax.transforms.sowing import sow
+>>> closed = jax.make_jaxpr(lambda x: sow(x * 2.0, name="a") + 1.0)(1.0)
+>>> [type(step).__name__ for step in build_plan(closed, frozenset({Site(None, "a")})).steps]
+['Chunk', 'SiteStep', 'Chunk']
+
+Sharp edges: a checkpointed call that is opened stays checkpointed piece by piece. A custom derivative rule that is
+opened is put back if nothing inside was changed; if something was, derivatives follow the code inside.
+
+Source: interp_jax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.sharding import Sharding
+
+from interp_jax.core.errors import UnsupportedModelError, four_part
+from interp_jax.core.sites import Site
+from interp_jax.transforms.jaxprs import any_site, inner_jaxprs, is_site, source_line
+from interp_jax.transforms.sowing import LoopLayer
+
+Operand: TypeAlias = "int | Literal"
+
+
+class Region(NamedTuple):
+    """The checkpointed call an operation was opened out of."""
+
+    number: int
+    policy: Any
+    prevent_cse: Any
+
+
+class Operation(NamedTuple):
+    """An equation on slots. `sharding` stands for a constraint instead of the equation."""
+
+    eqn: JaxprEqn
+    ins: tuple[Operand, ...]
+    outs: tuple[int | None, ...]
+    region: Region | None
+    sharding: Sharding | None = None
+
+
+@dataclass
+class Step:
+    """What all steps have: the slots nobody reads after this step."""
+
+    frees: tuple[int, ...] = field(default=(), init=False)
+
+    def reads(self) -> tuple[Operand, ...]:
+        """The slots and literals the step needs."""
+        raise AssertionError
+
+    def writes(self) -> tuple[int | None, ...]:
+        """The slots the step fills."""
+        raise AssertionError
+
+
+@dataclass
+class Chunk(Step):
+    """A run of equations that is compiled as one function.
+
+    `programs` holds that function, by whether its arguments are traced; `shared` is where the chunks of one plan
+    meet on their traced programs.
+    """
+
+    operations: list[Operation]
+    shared: dict[Any, Any]
+    ins: tuple[int, ...] = ()
+    outs: tuple[int, ...] = ()
+    programs: dict[bool, Any] = field(default_factory=dict)
+
+    def reads(self) -> tuple[Operand, ...]:
+        return self.ins
+
+    def writes(self) -> tuple[int | None, ...]:
+        return self.outs
+
+
+@dataclass
+class EquationStep(Step):
+    """A step that stands for one equation."""
+
+    eqn: JaxprEqn
+    ins: tuple[Operand, ...]
+    outs: tuple[int | None, ...]
+
+    def reads(self) -> tuple[Operand, ...]:
+        return self.ins
+
+    def writes(self) -> tuple[int | None, ...]:
+        return self.outs
+
+
+@dataclass
+class SiteStep(EquationStep):
+    """A selected sow; `rules` numbers the custom-rule calls it was opened out of."""
+
+    rules: tuple[int, ...]
+
+
+@dataclass
+class ScanStep(EquationStep):
+    """A scan with selected sites in its body. `programs` are those of its iterations that nobody looks into."""
+
+    body: Plan
+    shared: dict[Any, Any]
+    programs: dict[bool, Any] = field(default_factory=dict)
+
+
+@dataclass
+class WhileStep(EquationStep):
+    """A while loop with selected sites in its body."""
+
+    condition: Plan
+    body: Plan
+
+
+@dataclass
+class CondStep(EquationStep):
+    """A conditional or switch with selected sites in a branch."""
+
+    branches: tuple[Plan, ...]
+
+
+@dataclass
+class RuleStep(EquationStep):
+    """The end of an opened custom_jvp or custom_vjp call: `inner` holds what the opened code computed."""
+
+    inner: tuple[Operand, ...]
+    whole: Chunk
+    number: int
+
+    def reads(self) -> tuple[Operand, ...]:
+        return (*self.ins, *self.inner)
+
+
+@dataclass
+class Plan:
+    """Steps over slots, from the values of `ins` to those of `outs`.
+
+    Args:
+        n_slots: How many slots there are.
+        ins: Slots of the arguments.
+        outs: Slots or literals of the results.
+        constants: Values of the slots that are constants.
+        steps: The steps in order.
+    """
+
+    n_slots: int
+    ins: tuple[int, ...]
+    outs: tuple[Operand, ...]
+    constants: dict[int, Any]
+    steps: list[Step]
+
+
+CUSTOM_RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+_CHECKPOINTS = {"checkpoint", "remat", "remat2"}
+_CLOSED_TO_LOOPS = {"shard_map", "pallas_call", "run_state", "custom_transpose_call", "custom_lin"}
+
+
+def build_plan(closed: ClosedJaxpr, selected: frozenset[Site]) -> Plan:
+    """Cut a jaxpr at the sites of `selected`.
+
+    Args:
+        closed: The program.
+        selected: The sites to stop at.
+
+    Returns:
+        The plan.
+
+    Raises:
+        UnsupportedModelError: A selected site lies where a loop over the pass cannot look.
+    """
+    names = {site.name for site in selected}
+
+    def wanted(params: dict[str, Any]) -> bool:
+        if isinstance(params["layer"], LoopLayer):
+            return params["name"] in names
+        return Site(params["layer"], params["name"]) in selected
+
+    return _Builder(wanted, {}).plan(closed)
+
+
+class _Builder:
+    """Builds one plan; inner plans get builders of their own."""
+
+    def __init__(self, wanted: Callable[[dict[str, Any]], bool], shared: dict[Any, Any]):
+        self.wanted = wanted
+        self.shared = shared
+        self.n_slots = 0
+        self.constants: dict[int, Any] = {}
+        self.steps: list[Step] = []
+        self.pending: list[Operation] = []
+        self.rules: tuple[int, ...] = ()
+        self.n_regions = 0
+
+    def plan(self, closed: ClosedJaxpr) -> Plan:
+        ins = self.slots(len(closed.jaxpr.invars))
+        outs = tuple(self.open(closed, ins, None))
+        self.flush()
+        _settle(self.steps, outs)
+        return Plan(self.n_slots, ins, outs, self.constants, self.steps)
+
+    def inner(self, closed: ClosedJaxpr) -> Plan:
+        return _Builder(self.wanted, self.shared).plan(closed)
+
+    def slots(self, n: int) -> tuple[int, ...]:
+        self.n_slots += n
+        return tuple(range(self.n_slots - n, self.n_slots))
+
+    def flush(self) -> None:
+        if self.pending:
+            self.steps.append(Chunk(self.pending, self.shared))
+            self.pending = []
+
+    def add(self, step: Step) -> None:
+        self.flush()
+        self.steps.append(step)
+
+    def open(self, closed: ClosedJaxpr, operands: Sequence[Operand], region: Region | None) -> list[Operand]:
+        """Append the equations of a jaxpr; returns where its results are."""
+        jaxpr = closed.jaxpr
+        env: dict[Any, Operand] = dict(zip(jaxpr.invars, operands, strict=True))
+        for var, value in zip(jaxpr.constvars, closed.consts, strict=True):
+            (slot,) = self.slots(1)
+            self.constants[slot] = value
+            env[var] = slot
+
+        def read(atom: Any) -> Operand:
+            return atom if isinstance(atom, Literal) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            results = self.equation(eqn, tuple(map(read, eqn.invars)), region)
+            env.update(zip(eqn.outvars, results, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def equation(self, eqn: JaxprEqn, ins: tuple[Operand, ...], region: Region | None) -> Sequence[Operand]:
+        if is_site(eqn) and self.wanted(eqn.params):
+            outs = self.slots(len(eqn.outvars))
+            self.add(SiteStep(eqn, ins, outs, self.rules))
+            return outs
+        if not any(any_site(inner, self.wanted) for _, inner in inner_jaxprs(eqn)):
+            outs = self.slots(len(eqn.outvars))
+            self.pending.append(Operation(eqn, ins, outs, region))
+            return outs
+        name = eqn.primitive.name
+        if name in ("scan", "while", "cond"):
+            return self.control_flow(name, eqn, ins)
+        if name in _CLOSED_TO_LOOPS:
+            raise UnsupportedModelError(
+                four_part(
+                    f"A selected site lies inside {name} ({source_line(eqn)})",
+                    expected="sites outside it, or inside jit, checkpoint, custom_jvp, custom_vjp, scan, while and cond.",
+                    fix=f"return the value from the {name} and sow it outside, or leave the site unselected.",
+                )
+            )
+        return self.call(name, eqn, ins, region)
+
+    def control_flow(self, name: str, eqn: JaxprEqn, ins: tuple[Operand, ...]) -> Sequence[Operand]:
+        outs = self.slots(len(eqn.outvars))
+        if name == "scan":
+            self.add(ScanStep(eqn, ins, outs, self.inner(eqn.params["jaxpr"]), self.shared))
+        elif name == "while":
+            condition, body = self.inner(eqn.params["cond_jaxpr"]), self.inner(eqn.params["body_jaxpr"])
+            self.add(WhileStep(eqn, ins, outs, condition, body))
+        else:
+            self.add(CondStep(eqn, ins, outs, tuple(map(self.inner, eqn.params["branches"]))))
+        return outs
+
+    def call(
+        self, name: str, eqn: JaxprEqn, ins: tuple[Operand, ...], region: Region | None
+    ) -> Sequence[Operand]:
+        """Open a call and put its equations in its place."""
+        inner = _callee(eqn)
+        if name in CUSTOM_RULES:
+            self.flush()
+            self.n_regions += 1
+            number, outer_rules = self.n_regions, self.rules
+            self.rules = (*outer_rules, number)
+            results = tuple(self.open(inner, ins, region))
+            self.rules = outer_rules
+            outs = self.slots(len(eqn.outvars))
+            whole_outs = self.slots(len(eqn.outvars))
+            slots = tuple(dict.fromkeys(operand for operand in ins if isinstance(operand, int)))
+            whole = Chunk([Operation(eqn, ins, whole_outs, region)], self.shared, slots, whole_outs)
+            self.add(RuleStep(eqn, ins, outs, results, whole, number))
+            return outs
+        if name in _CHECKPOINTS:
+            self.n_regions += 1
+            region = region or Region(self.n_regions, eqn.params["policy"], eqn.params["prevent_cse"])
+        ins = self.constrained(eqn, ins, "in_shardings", region)
+        return self.constrained(eqn, self.open(inner, ins, region), "out_shardings", region)
+
+    def constrained(
+        self, eqn: JaxprEqn, operands: Sequence[Operand], which: str, region: Region | None
+    ) -> tuple[Operand, ...]:
+        """Operands under the shardings an opened jit asks for."""
+        out = []
+        for operand, sharding in zip(operands, eqn.params.get(which, (None,) * len(operands)), strict=True):
+            if isinstance(sharding, Sharding):
+                (slot,) = self.slots(1)
+                self.pending.append(Operation(eqn, (operand,), (slot,), region, sharding))
+                operand = slot
+            out.append(operand)
+        return tuple(out)
+
+
+def _callee(eqn: JaxprEqn) -> ClosedJaxpr:
+    """The one jaxpr a call equation calls."""
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        inner = eqn.params.get(name)
+        if isinstance(inner, ClosedJaxpr):
+            return inner
+        if isinstance(inner, Jaxpr):
+            return ClosedJaxpr(inner, ())
+    raise UnsupportedModelError(
+        four_part(
+            f"A selected site lies inside {eqn.primitive.name} ({source_line(eqn)}), a call the loop cannot open",
+            expected="jit, checkpoint, custom_jvp, custom_vjp, scan, while or cond around a site.",
+            fix="leave the site unselected, or use engine='python'.",
+        )
+    )
+
+
+def _settle(steps: list[Step], outs: Sequence[Operand]) -> None:
+    """Drop dead operations, and say of each step what it reads, writes and frees."""
+    live = {operand for operand in outs if isinstance(operand, int)}
+    for step in reversed(steps):
+        if isinstance(step, Chunk) and not step.outs:
+            after = set(live)
+            kept = []
+            for operation in reversed(step.operations):
+                if live.isdisjoint(operation.outs) and not operation.eqn.effects:
+                    continue
+                kept.append(operation)
+                live.difference_update(slot for slot in operation.outs if slot is not None)
+                live.update(operand for operand in operation.ins if isinstance(operand, int))
+            step.operations = kept[::-1]
+            made = [slot for operation in step.operations for slot in operation.outs]
+            step.outs = tuple(slot for slot in made if slot in after)
+            used = [operand for operation in step.operations for operand in operation.ins]
+            step.ins = tuple(dict.fromkeys(slot for slot in used if isinstance(slot, int) and slot not in set(made)))
+        else:
+            live.difference_update(slot for slot in step.writes() if slot is not None)
+            live.update(operand for operand in step.reads() if isinstance(operand, int))
+    steps[:] = [step for step in steps if not (isinstance(step, Chunk) and not step.operations)]
+    _free(steps, {operand for operand in outs if isinstance(operand, int)})
+
+
+def _free(steps: list[Step], kept: set[int]) -> None:
+    seen = set(kept)
+    for step in reversed(steps):
+        mentioned = {slot for slot in (*step.reads(), *step.writes()) if isinstance(slot, int)}
+        step.frees = tuple(mentioned - seen)
+        seen |= mentioned
+
+
+def chunks_of(plan: Plan) -> Iterator[Chunk]:
+    """Every chunk of a plan and of the plans inside it."""
+    for step in plan.steps:
+        if isinstance(step, Chunk):
+            yield step
+        for inner in inner_plans(step):
+            yield from chunks_of(inner)
+
+
+def inner_plans(step: Step) -> tuple[Plan, ...]:
+    """The plans a control-flow step holds."""
+    match step:
+        case ScanStep():
+            return (step.body,)
+        case WhileStep():
+            return (step.condition, step.body)
+        case CondStep():
+            return step.branches
+    return ()

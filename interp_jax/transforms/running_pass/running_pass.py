@@ -1,0 +1,246 @@
+"""The loop over a forward pass: `for layer, name, value in (running_pass := run(fn, *args)): ...`.
+
+One loop, two engines with the same results. `engine="compiled"` traces the function once, cuts it at the selected
+sites and runs the pieces as compiled functions. `engine="python"` runs the function's own Python in a greenlet and
+stops in its sows: slower, but for code JAX cannot trace and for values that change shape.
+
+>>> import jax.numpy as jnp
+>>> from interp_jax.transforms.sowing import layer_scope, sow
+>>> def model(x):
+...     for i in range(3):
+...         with layer_scope(i):
+...             x = sow(x + 1.0, name="resid_post")
+...     return x
+>>> for layer, name, value in (running_pass := run(model, jnp.zeros(2))):
+...     if layer == 1:
+...         running_pass.modified_value = value * 0
+>>> running_pass.retval
+Array([1., 1.], dtype=float32)
+
+Sharp edges: a new value keeps shape and dtype (the python engine lets shapes change). Values of a pass under jit,
+grad or vmap belong to that transform, as everywhere in JAX. Leaving the loop by `break` abandons the pass; with the
+python engine under a trace use `with run(...) as running_pass:`, which closes it at once.
+
+Source: the loop of Mishax, with its own engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from types import TracebackType
+from typing import Any
+
+import jax
+
+from interp_jax.core.activations import SiteTable
+from interp_jax.core.errors import RunningPassError, UnknownNameError, four_part
+from interp_jax.core.interventions import describe, same_form
+from interp_jax.core.sites import Selector, Site, select_sites
+from interp_jax.transforms.running_pass.compiled import KEEP, execute
+from interp_jax.transforms.running_pass.plan import build_plan
+from interp_jax.transforms.running_pass.python_engine import run_python
+from interp_jax.transforms.running_pass.tracing import Remembered, sites_of, trace_program
+
+ENGINES = ("compiled", "python")
+
+_SITES = Remembered()
+_PLANS = Remembered()
+
+
+def run(
+    fn: Callable[..., Any], *args: Any, sites: Selector = None, engine: str = "compiled", **kwargs: Any
+) -> RunningPass:
+    """Run a function, stopping at its sites.
+
+    Args:
+        fn: A function with sows in it, such as the forward pass of a model under a patch set.
+        *args: Its arguments.
+        sites: Which sites to stop at; all by default.
+        engine: "compiled" or "python".
+        **kwargs: Its keyword arguments.
+
+    Returns:
+        The running pass, to be iterated once.
+
+    Raises:
+        UnknownNameError: The engine is unknown, or a selector matches no site.
+    """
+    name = getattr(fn, "__qualname__", None) or type(fn).__name__
+    if engine == "compiled":
+        return RunningPass(_compiled_steps(fn, args, kwargs, sites, name), name=name)
+    if engine == "python":
+        return RunningPass(run_python(fn, args, kwargs, sites, where=name), name=name, keeps_form=False)
+    raise UnknownNameError(
+        four_part(f"Unknown engine {engine!r}", where="run", names=ENGINES, given=str(engine), fix="use one of these.")
+    )
+
+
+def list_sites(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> SiteTable:
+    """The sites `fn(*args, **kwargs)` has, with the shape, dtype and bytes of each. Nothing is computed.
+
+    Args:
+        fn: A function with sows in it.
+        *args: Its arguments.
+        **kwargs: Its keyword arguments.
+
+    Returns:
+        The table, in execution order.
+    """
+    closed = trace_program(fn, args, kwargs).closed
+    return SiteTable(_SITES.get(closed, None, lambda: sites_of(closed)))
+
+
+def _compiled_steps(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], selector: Selector, name: str
+) -> Generator[tuple[Site, Any], Any, Any]:
+    trace = trace_program(fn, args, kwargs)
+    rows = _SITES.get(trace.closed, None, lambda: sites_of(trace.closed))
+    selected = frozenset(select_sites(selector, [row.site for row in rows], where=f"run({name})"))
+    plan = _PLANS.get(trace.closed, selected, lambda: build_plan(trace.closed, selected))
+    return _with_structure(execute(plan, trace.args, selected), trace.out_tree)
+
+
+def _with_structure(steps: Generator[Any, Any, list[Any]], out_tree: Any) -> Generator[Any, Any, Any]:
+    return jax.tree.unflatten(out_tree, (yield from steps))
+
+
+_UNSET: Any = object()
+
+
+class RunningPass:
+    """A forward pass under way; iterates `(layer, name, value)`.
+
+    Args:
+        steps: A generator of `(site, value)` that takes `KEEP` or a new value and returns the function's result.
+        name: The function's name.
+        keeps_form: Whether a new value must have the structure, shapes and dtypes of the old one.
+    """
+
+    def __init__(self, steps: Generator[tuple[Site, Any], Any, Any], *, name: str, keeps_form: bool = True):
+        self._steps = steps
+        self._name = name
+        self._keeps_form = keeps_form
+        self._state = "not started"
+        self._site: Site | None = None
+        self._value: Any = None
+        self._new: Any = _UNSET
+        self._result: Any = None
+        self._error: BaseException | None = None
+        self._n_visited = 0
+
+    def __iter__(self) -> Iterator[tuple[int | None, str, Any]]:
+        return self
+
+    def __next__(self) -> tuple[int | None, str, Any]:
+        if self._state in ("finished", "failed", "abandoned"):
+            raise StopIteration
+        new = None if self._state == "not started" else KEEP if self._new is _UNSET else self._new
+        self._leave_site()
+        self._state = "running"
+        try:
+            site, value = self._steps.send(new)
+        except StopIteration as stop:
+            self._state, self._result = "finished", stop.value
+            raise StopIteration from None
+        except BaseException as error:
+            self._state, self._error = "failed", error
+            raise
+        self._state, self._site, self._value = "at a site", site, value
+        self._n_visited += 1
+        return site.layer, site.name, value
+
+    def _leave_site(self) -> None:
+        self._site, self._value, self._new = None, None, _UNSET
+
+    @property
+    def site(self) -> Site | None:
+        """The site the pass is at, or None between sites and after the end."""
+        return self._site
+
+    @property
+    def modified_value(self) -> Any:
+        """The value the pass will go on with from the current site.
+
+        Set it to change the value: an array (or pytree) of the same structure, shapes and dtypes. It counts for
+        the current site only.
+
+        Raises:
+            RunningPassError: The pass is not at a site.
+            ShapeError: The new value does not have the form of the old one.
+        """
+        self._require_site("read")
+        return self._value if self._new is _UNSET else self._new
+
+    @modified_value.setter
+    def modified_value(self, new: Any) -> None:
+        self._require_site("set")
+        if self._keeps_form:
+            hint = 'engine="python" lets a value change its shape.'
+            new = same_form(self._value, new, where=f"{self._site} of {self._name}", hint=hint)
+        self._new = new
+
+    @property
+    def sendval(self) -> Any:
+        """Mishax's name for `modified_value`; None means that the value stays."""
+        return None if self._new is _UNSET else self._new
+
+    @sendval.setter
+    def sendval(self, new: Any) -> None:
+        if new is None:
+            self._require_site("set")
+            self._new = _UNSET
+        else:
+            self.modified_value = new
+
+    def _require_site(self, verb: str) -> None:
+        if self._state != "at a site":
+            raise RunningPassError(
+                four_part(
+                    f"modified_value was {verb} while the pass is {self._state}",
+                    where=f"the running pass of {self._name}",
+                    expected="a pass that has stopped at a site.",
+                    fix="read and set modified_value only in the body of the loop.",
+                )
+            )
+
+    @property
+    def retval(self) -> Any:
+        """What the function returned.
+
+        Raises:
+            RunningPassError: The pass has not come to its end. If the pass failed, its own exception is raised.
+        """
+        if self._error is not None:
+            raise self._error
+        if self._state != "finished":
+            raise RunningPassError(
+                four_part(
+                    f"retval was read while the pass is {self._state}",
+                    where=f"the running pass of {self._name}",
+                    expected="a pass whose loop has come to its end.",
+                    fix="read retval after the loop; a loop left by break has no result.",
+                )
+            )
+        return self._result
+
+    def close(self) -> None:
+        """Abandon the pass: what it holds is freed, and with the python engine its stack is unwound."""
+        self._leave_site()
+        if self._state in ("not started", "at a site", "running"):
+            self._state = "abandoned"
+        self._steps.close()
+
+    def __enter__(self) -> RunningPass:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        at = ""
+        if self._site is not None:
+            leaves = jax.tree.leaves(self._value)
+            at = f" {self._site} = {describe(leaves[0]) if len(leaves) == 1 else f'{len(leaves)} arrays'}"
+        return f"<running pass of {self._name}: {self._state}{at}, {self._n_visited} sites visited>"

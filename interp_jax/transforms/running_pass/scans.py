@@ -1,0 +1,156 @@
+"""Stepping a scan: stop in the iterations that hold selected sites, roll through all others.
+
+The iterations are cut into stretches. A stretch without a selected site runs as one rolled loop; an iteration with
+one runs as pieces, like any other plan. Outside a trace the bounds of a stretch and the number of an iteration are
+arguments of compiled programs, so moving an intervention to another layer compiles nothing, and an iteration reads
+its row of the scanned arrays inside the program that needs it. Under a trace the bounds are constants and the
+scanned arrays are split once, so that a gradient flows back as one concatenation.
+
+>>> stretches([2, 3], 6)
+[(0, 2, False), (2, 3, True), (3, 4, True), (4, 6, False)]
+
+Source: interp_jax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Generator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import jaxpr_as_fun
+
+from interp_jax.core.sites import Site
+from interp_jax.transforms.compilations import counted_jit
+from interp_jax.transforms.jaxprs import evaluate
+from interp_jax.transforms.running_pass.plan import Plan, ScanStep, SiteStep, inner_plans
+from interp_jax.transforms.running_pass.programs import Slice, cached, is_traced, param_key
+from interp_jax.transforms.sowing import LoopLayer, site_of
+
+
+def stretches(touched: Collection[int], length: int) -> list[tuple[int, int, bool]]:
+    """Cut `range(length)` into single touched iterations and the runs between them: `(start, stop, is_touched)`."""
+    out, start = [], 0
+    for index in sorted(touched):
+        if index > start:
+            out.append((start, index, False))
+        out.append((index, index + 1, True))
+        start = index + 1
+    if start < length:
+        out.append((start, length, False))
+    return out
+
+
+def step_scan(
+    step: ScanStep,
+    operands: list[Any],
+    selected: frozenset[Site],
+    loop_indices: tuple[int, ...],
+    run_body: Callable[[Sequence[Any], int], Generator[Any, Any, list[Any]]],
+) -> Generator[Any, Any, list[Any]]:
+    """Run a scan, yielding what `run_body` yields in the iterations with selected sites.
+
+    Args:
+        step: The scan.
+        operands: Values of its constants, carry and scanned arrays.
+        selected: The sites to stop at.
+        loop_indices: Indices of the loops around the scan.
+        run_body: Runs one iteration as pieces, given its arguments and its index.
+
+    Returns:
+        The final carry and the stacked outputs, as the value of `StopIteration`.
+    """
+    params = step.eqn.params
+    n_consts, n_carry, length = params["num_consts"], params["num_carry"], params["length"]
+    consts, carry = operands[:n_consts], operands[n_consts : n_consts + n_carry]
+    xs = operands[n_consts + n_carry :]
+    touched = [i for i in range(length) if _is_touched(step.body, (*loop_indices, i), selected)]
+    cuts = stretches(touched, length)
+    rows = _split(xs, cuts) if is_traced(xs) else None
+    ys = [jnp.zeros(var.aval.shape, var.aval.dtype) for var in step.eqn.outvars[n_carry:]]
+    for number, (start, stop, is_touched) in reversed(list(enumerate(cuts))) if params["reverse"] else enumerate(cuts):
+        block = rows[number] if rows is not None else None
+        if not is_touched:
+            carry, ys = _roll(step, start, stop, consts, carry, xs, block, ys)
+            continue
+        if block is None:
+            row = [Slice(x, np.int32(start)) for x in xs]
+        else:
+            row = [lax.squeeze(x, (0,)) for x in block]
+        results = yield from run_body([*consts, *carry, *row], start)
+        carry = results[:n_carry]
+        ys = [lax.dynamic_update_index_in_dim(y, new, start, 0) for y, new in zip(ys, results[n_carry:], strict=True)]
+    return [*carry, *ys]
+
+
+def _is_touched(plan: Plan, indices: tuple[int, ...], selected: frozenset[Site]) -> bool:
+    """Whether the iteration with these indices comes to a selected site."""
+    for step in plan.steps:
+        if isinstance(step, SiteStep):
+            layer = step.eqn.params["layer"]
+            if isinstance(layer, LoopLayer) and layer.depth >= len(indices):
+                return True
+            if site_of(step.eqn.params, indices) in selected:
+                return True
+        elif isinstance(step, ScanStep):
+            inner = ((*indices, i) for i in range(step.eqn.params["length"]))
+            if any(_is_touched(step.body, more, selected) for more in inner):
+                return True
+        elif any(_is_touched(inner, indices, selected) for inner in inner_plans(step)):
+            return True
+    return False
+
+
+def _split(xs: Sequence[Any], cuts: Sequence[tuple[int, int, bool]]) -> list[list[Any]]:
+    """The rows of every stretch, for every scanned array."""
+    sizes = tuple(stop - start for start, stop, _ in cuts)
+    by_array = [lax.split(x, sizes, axis=0) for x in xs]
+    return [list(block) for block in zip(*by_array, strict=True)] if xs else [[] for _ in cuts]
+
+
+def _roll(
+    step: ScanStep,
+    start: int,
+    stop: int,
+    consts: list[Any],
+    carry: list[Any],
+    xs: list[Any],
+    block: list[Any] | None,
+    ys: list[Any],
+) -> tuple[list[Any], list[Any]]:
+    """Run the iterations from `start` to `stop` as one loop."""
+    if is_traced([consts, carry, xs, ys]):
+        rows = block if block is not None else [lax.slice_in_dim(x, start, stop) for x in xs]
+        eqn = step.eqn.replace(params={**step.eqn.params, "length": stop - start})
+        results = evaluate(eqn, [*consts, *carry, *rows])
+        new = results[len(carry) :]
+        updated = [lax.dynamic_update_slice_in_dim(y, part, start, 0) for y, part in zip(ys, new, strict=True)]
+        return results[: len(carry)], updated
+    program = step.programs.get(False)
+    if program is None:
+        key = ("rolled", param_key(step.eqn.params["jaxpr"], False), step.eqn.params["reverse"], len(consts))
+        program = step.programs[False] = cached(key, lambda: _rolled_program(step), shared=None)
+    return program(np.int32(start), np.int32(stop), consts, carry, xs, ys)
+
+
+def _rolled_program(step: ScanStep) -> Callable[..., tuple[list[Any], list[Any]]]:
+    closed, is_reverse = step.eqn.params["jaxpr"], step.eqn.params["reverse"]
+    body = jaxpr_as_fun(closed)
+
+    def rolled(
+        start: Any, stop: Any, consts: list[Any], carry: list[Any], xs: list[Any], ys: list[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        def iteration(i: Any, state: tuple[list[Any], list[Any]]) -> tuple[list[Any], list[Any]]:
+            carry, ys = state
+            index = start + stop - 1 - i if is_reverse else i
+            row = [lax.dynamic_index_in_dim(x, index, 0, keepdims=False) for x in xs]
+            results = body(*consts, *carry, *row)
+            new = results[len(carry) :]
+            ys = [lax.dynamic_update_index_in_dim(y, part, index, 0) for y, part in zip(ys, new, strict=True)]
+            return list(results[: len(carry)]), ys
+
+        return lax.fori_loop(start, stop, iteration, (carry, ys))
+
+    return counted_jit(rolled, name=f"rolled loop over {len(closed.jaxpr.eqns)} equations", donate_argnums=5)
