@@ -55,30 +55,34 @@ class Tokenizer:
         backend: The `tokenizers.Tokenizer` that does the work.
         bos_id: The token that begins a text, None if the model has none.
         eos_id: The token that ends one, None if the model has none.
+        lost_bytes: UTF-8 bytes the vocabulary has no token for; `backend` drops them without a word.
     """
 
     backend: tokenizers.Tokenizer
     bos_id: int | None = None
     eos_id: int | None = None
+    lost_bytes: frozenset[int] = frozenset()
 
     @property
     def d_vocab(self) -> int:
         """The number of tokens, special ones included (the model's embedding may have more rows)."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True, drop_unknown: bool = False) -> list[int]:
         """The token ids of `text`.
 
         Args:
             text: Any text.
             add_special_tokens: Whether to add what the model's own tokenizer adds (for many models a leading
                 `bos_id`; nothing for GPT-2 and SmolLM2).
+            drop_unknown: Whether characters the vocabulary has no token for are left out, as upstream does, instead
+                of refused. SmolLM2 lacks some control characters and two empty planes of Unicode.
 
         Returns:
             The ids; the empty list for the empty text, unless special tokens are added.
 
         Raises:
-            InvalidInputError: `text` is not a string, or not valid Unicode.
+            InvalidInputError: `text` is not a string, not valid Unicode, or has a character without a token.
         """
         if not isinstance(text, str):
             raise InvalidInputError(
@@ -90,7 +94,7 @@ class Tokenizer:
                 )
             )
         try:
-            text.encode()
+            raw = text.encode()
         except UnicodeEncodeError as error:
             raise InvalidInputError(
                 four_part(
@@ -100,6 +104,16 @@ class Tokenizer:
                     fix="decode the bytes it came from with errors='replace'.",
                 )
             ) from None
+        if not drop_unknown and not self.lost_bytes.isdisjoint(raw):
+            position, character = next((i, c) for i, c in enumerate(text) if not self.lost_bytes.isdisjoint(c.encode()))
+            raise InvalidInputError(
+                four_part(
+                    f"Character U+{ord(character):04X} at position {position}, for which the vocabulary has no token",
+                    where="encode",
+                    expected="text made of characters the model has tokens for.",
+                    fix="remove it, or pass drop_unknown=True to leave such characters out, as upstream does.",
+                )
+            )
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, tokens: Iterable[int], *, skip_special_tokens: bool = False) -> str:
@@ -207,7 +221,8 @@ def from_directory(directory: Path) -> Tokenizer | None:
                 fix="download the file again, or save it again with `Tokenizer.save`.",
             )
         ) from error
-    return Tokenizer(backend, _named_token(directory, backend, "bos"), _named_token(directory, backend, "eos"))
+    bos_id, eos_id = (_named_token(directory, backend, role) for role in ("bos", "eos"))
+    return Tokenizer(backend, bos_id, eos_id, _lost_bytes(backend))
 
 
 def from_gguf_metadata(metadata: Mapping[str, Any], *, source: str = "GGUF metadata") -> Tokenizer:
@@ -286,7 +301,7 @@ def from_gguf_metadata(metadata: Mapping[str, Any], *, source: str = "GGUF metad
         before=bos_id if metadata.get("tokenizer.ggml.add_bos_token") else None,
         after=eos_id if metadata.get("tokenizer.ggml.add_eos_token") else None,
     )
-    return Tokenizer(backend, bos_id, eos_id)
+    return Tokenizer(backend, bos_id, eos_id, _lost_bytes(backend))
 
 
 def _byte_level(model: tokenizers.models.Model, expressions: Sequence[str]) -> tokenizers.Tokenizer:
@@ -301,6 +316,20 @@ def _byte_level(model: tokenizers.models.Model, expressions: Sequence[str]) -> t
     )
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def _lost_bytes(backend: tokenizers.Tokenizer) -> frozenset[int]:
+    """The bytes a byte-level tokenizer has neither a token nor an unknown token for (none for other tokenizers)."""
+    from tokenizers import decoders, models
+
+    is_byte_level = isinstance(backend.decoder, decoders.ByteLevel) and isinstance(backend.model, models.BPE)
+    if not is_byte_level or backend.model.unk_token is not None:
+        return frozenset()
+    # GPT-2's alphabet: printable bytes stand for themselves, the others in order for U+0100 and up.
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = (byte for byte in range(256) if byte not in printable)
+    letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return frozenset(byte for byte, letter in letters.items() if backend.token_to_id(letter) is None)
 
 
 def _add_ends(backend: tokenizers.Tokenizer, *, before: int | None, after: int | None) -> None:

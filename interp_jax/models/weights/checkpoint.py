@@ -205,7 +205,11 @@ class Intake:
                 self._misfits.append((found, f"has dtype {dtype}, expected floating point"))
         if found is None or self._missing or self._misfits:
             return np.broadcast_to(np.float32(0), shape)
-        return self._tensors[found]
+        values = self._tensors[found]
+        n_wrong = values.size - int(np.count_nonzero(np.isfinite(values)))
+        if n_wrong:
+            self._misfits.append((found, f"has {n_wrong:,} values that are not finite"))
+        return values
 
     def take_if_present(self, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
         """As `take`, but None when there is no such tensor (an untied `lm_head.weight`, an optional bias)."""
@@ -215,7 +219,7 @@ class Intake:
         """Report everything that did not fit; leaving the `with` block calls it.
 
         Raises:
-            LoadError: A tensor is missing, left over, or has the wrong shape or dtype.
+            LoadError: A tensor is missing, left over, or has the wrong shape or dtype, or values that are not finite.
         """
         extra = [
             name

@@ -254,7 +254,7 @@ class _Cursor:
     def __init__(self, data: np.ndarray) -> None:
         self.data = data
         # A view on the bytes as they are: slices of it cost a tenth of numpy's.
-        self._bytes = memoryview(data)
+        self._bytes = data.data
         self.position = 0
 
     def bytes(self, n: int) -> memoryview:

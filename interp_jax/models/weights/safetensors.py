@@ -1,0 +1,212 @@
+"""A Hugging Face model directory as a `Checkpoint`.
+
+The directory holds `config.json`, the weights in `model.safetensors` or in several files named by
+`model.safetensors.index.json`, and perhaps a tokenizer. The headers of all files are read and compared first; the
+values are read tensor by tensor as they are taken.
+
+>>> import json, tempfile
+>>> import numpy as np
+>>> from safetensors.numpy import save_file
+>>> with tempfile.TemporaryDirectory() as directory:
+...     _ = Path(directory, "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+...     save_file({"wte.weight": np.ones((5, 2), np.float32)}, Path(directory, "model.safetensors"))
+...     checkpoint = read_checkpoint(Path(directory))
+...     checkpoint.family, checkpoint.tensors.shape("wte.weight")
+('gpt2', (5, 2))
+
+Sharp edges: pickled weights (`pytorch_model.bin`) are not read, since reading them runs code they bring along.
+
+Source: https://huggingface.co/docs/safetensors (format); interp_jax (the checks).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from interp_jax.core.errors import LoadError, UnsupportedModelError, closest, four_part, shorten
+from interp_jax.models import tokenizers as tokenizer_rules
+from interp_jax.models.weights.checkpoint import Checkpoint, LazyTensor, Tensors
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_OTHER_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "flax_model.msgpack", "tf_model.h5")
+
+_DTYPES: Mapping[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+def read_checkpoint(directory: Path, *, source: str | None = None) -> Checkpoint:
+    """A Hugging Face model directory as a checkpoint.
+
+    Args:
+        directory: Where `config.json` and the weights lie.
+        source: What to call it in messages and provenance; the path by default.
+
+    Returns:
+        The checkpoint; its tokenizer is None when the directory holds none.
+
+    Raises:
+        LoadError: A file is missing, damaged or truncated, or the index and the files contradict each other.
+        UnsupportedModelError: The weights are in another format, or of a dtype numpy has no type for.
+    """
+    source = source or str(directory)
+    config = _read_object(directory / "config.json")
+    family = config.get("model_type")
+    if not isinstance(family, str):
+        raise LoadError(
+            four_part(
+                "A config.json without model_type",
+                where=source,
+                expected='the family of the model, such as "model_type": "gpt2".',
+                fix="take the config.json the model was published with.",
+            )
+        )
+    tensors: dict[str, LazyTensor] = {}
+    for path, names in _weight_files(directory).items():
+        tensors |= _open_file(path, names)
+    return Checkpoint(family, config, Tensors(tensors), tokenizer_rules.from_directory(directory), source)
+
+
+def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
+    """The files of weights there are to read, and the tensors the index says are in each (None without an index)."""
+    if (directory / _SINGLE).exists():
+        return {directory / _SINGLE: None}
+    if (directory / _INDEX).exists():
+        weight_map = _read_object(directory / _INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise LoadError(
+                four_part(
+                    f"A {_INDEX} without weight_map",
+                    where=str(directory),
+                    expected="for each tensor the file it is in.",
+                    fix="download the file again.",
+                )
+            )
+        files: dict[Path, set[str] | None] = {}
+        for name, file in weight_map.items():
+            names = files.setdefault(directory / file, set())
+            assert names is not None
+            names.add(name)
+        lacking = [path.name for path in files if not path.exists()]
+        if lacking:
+            raise LoadError(
+                four_part(
+                    f"Missing weight files {shorten(lacking)} ({len(lacking)} of {len(files)})",
+                    where=str(directory),
+                    expected=f"each file that {_INDEX} names.",
+                    fix="download the missing files, for example with `hf download <model> --local-dir <directory>`.",
+                )
+            )
+        return files
+    others = [name for name in _OTHER_WEIGHTS if (directory / name).exists()]
+    if others:
+        raise UnsupportedModelError(
+            four_part(
+                f"Weights in {', '.join(others)}",
+                where=str(directory),
+                expected=f"weights in {_SINGLE} or {_INDEX}.",
+                fix="convert them once: AutoModelForCausalLM.from_pretrained(directory).save_pretrained(directory).",
+            )
+        )
+    found = sorted(path.name for path in directory.iterdir())
+    near = next((name for name in closest(_SINGLE, found) if name.endswith(".safetensors")), None)
+    raise LoadError(
+        four_part(
+            "No file of weights" + (f" (is {near!r} meant to be {_SINGLE!r}?)" if near else ""),
+            where=str(directory),
+            expected=f"{_SINGLE} or {_INDEX} beside config.json; there is {shorten(found)}.",
+            fix="download the weights, for example with `hf download <model> --local-dir <directory>`.",
+        )
+    )
+
+
+def _open_file(path: Path, names: set[str] | None) -> dict[str, LazyTensor]:
+    """The tensors of one file, compared with what the index says is in it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        with path.open("rb") as stream:
+            is_pointer = stream.read(40).startswith(b"version https://git-lfs")
+        damage = "a Git LFS pointer in place of the file" if is_pointer else str(error)
+        raise LoadError(
+            four_part(
+                f"Damaged weight file {path.name} ({damage})",
+                where=str(path.parent),
+                expected="a complete safetensors file.",
+                fix="run `git lfs pull`." if is_pointer else "download the file again and compare its size.",
+            )
+        ) from error
+    found = set(file.keys())
+    if names is not None and names != found:
+        raise LoadError(
+            four_part(
+                f"Weight file {path.name} that does not hold what {_INDEX} says"
+                + f" (missing: {shorten(sorted(names - found)) or 'none'};"
+                + f" not in the index: {shorten(sorted(found - names)) or 'none'})",
+                where=str(path.parent),
+                expected="in each file the tensors the index maps to it, and no other.",
+                fix="download the index and the weight files again, from one revision of the model.",
+            )
+        )
+    tensors, strange = {}, []
+    for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+        header = file.get_slice(name)
+        dtype = _DTYPES.get(header.get_dtype())
+        if dtype is None:
+            strange.append(f"{name} ({header.get_dtype()})")
+            continue
+        tensors[name] = LazyTensor(tuple(header.get_shape()), dtype, lambda name=name: file.get_tensor(name))
+    if strange:
+        raise UnsupportedModelError(
+            four_part(
+                f"Tensors of an unknown dtype: {shorten(strange)}",
+                where=str(path),
+                names=_DTYPES,
+                fix="convert the weights to float16, bfloat16 or float32.",
+            )
+        )
+    return tensors
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that has to be there."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds a {type(value).__name__}")
+    except FileNotFoundError:
+        raise LoadError(
+            four_part(
+                f"No {path.name}",
+                where=str(path.parent),
+                expected="a model directory as Hugging Face's save_pretrained writes it.",
+                fix="check the path, or download the missing file.",
+            )
+        ) from None
+    except ValueError as error:
+        raise LoadError(
+            four_part(
+                f"Damaged {path.name} ({error})",
+                where=str(path.parent),
+                expected="one JSON object.",
+                fix="download the file again.",
+            )
+        ) from error
+    return value
