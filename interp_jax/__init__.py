@@ -85,7 +85,7 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = sorted(_HOME_OF)  # noqa: PLE0605 - the names live in one table
+__all__ = sorted(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll] - the names live in one table
 
 
 def __getattr__(name: str) -> Any:

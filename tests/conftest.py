@@ -37,9 +37,8 @@ hypothesis.settings.load_profile("house")
 
 def pytest_report_header() -> list[str]:
     """The versions and the seed, so that a failure can be repeated."""
-    return [
-        f"jax {jax.__version__}, {jax.device_count()} CPU devices; repeat this session with INTERP_TEST_SEED={SESSION_SEED}"
-    ]
+    devices = f"jax {jax.__version__}, {jax.device_count()} CPU devices"
+    return [f"{devices}; repeat this session with INTERP_TEST_SEED={SESSION_SEED}"]
 
 
 @pytest.fixture

@@ -1,0 +1,72 @@
+# Every target sets up what it needs; `make demo` and `make test` are the two to know.
+
+PYTHON ?= python3
+JOBS ?= 2
+
+BIN := .venv/bin
+OLDEST := .venv-oldest/bin
+PIP_FLAGS := --disable-pip-version-check --quiet
+NEEDS := import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
+	"Python " + sys.version.split()[0] + " was given as $(PYTHON).\n  Expected: 3.11 or newer.\n  Fix: make PYTHON=python3.11 ...")
+
+.PHONY: venv venv-oldest demo test test-slow test-oldest test-all bench lint format doctor constraints clean
+
+venv: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c '$(NEEDS)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[transformers,test,dev]'
+	@touch $@
+
+# The oldest JAX that is supported, beside the newest.
+venv-oldest: .venv-oldest/installed
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	@$(PYTHON) -c '$(NEEDS)'
+	$(PYTHON) -m venv .venv-oldest
+	$(OLDEST)/python -m pip install $(PIP_FLAGS) -c constraints-oldest.txt -e '.[transformers,test]'
+	@touch $@
+
+# What SmolLM2-135M thinks at each layer, and which of its layers the answer depends on.
+demo: venv
+	$(BIN)/interp-jax demo
+
+# What CI runs, cheap before dear.
+test: lint
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow'
+
+test-slow: venv
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow
+
+test-oldest: venv-oldest
+	$(OLDEST)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow'
+
+test-all: test test-slow test-oldest
+
+# One JSON line per promise.
+bench: venv
+	$(BIN)/python -m benchmarks
+
+lint: venv
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+format: venv
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+doctor: venv
+	$(BIN)/interp-jax doctor
+
+# Pin what the environments hold now: names and versions only.
+constraints: venv venv-oldest
+	$(BIN)/python -m pip freeze $(PIP_FLAGS) --all --exclude-editable --exclude pip > constraints.txt
+	$(OLDEST)/python -m pip freeze $(PIP_FLAGS) --all --exclude-editable --exclude pip > constraints-oldest.txt
+	@touch .venv/installed .venv-oldest/installed
+
+# Everything these targets made, except the results in runs/.
+clean:
+	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
