@@ -1,0 +1,430 @@
+"""Generation: tokens one after another, with a key-value cache, sampling, and sites changed along the way.
+
+Two programs are compiled: one reads the prompts, one is a single step, whatever the number of steps. What a sweep
+varies (temperature, top-p, values and masks of interventions, the key) are arguments of both.
+
+Interventions see positions as the columns of the finished text, padding and prompt included. An array or mask
+whose position axis has length 1 (or that lacks the axis) acts at every position; one as long as the prompt acts
+there and nowhere later; one as long as prompt and new tokens together has a row for each column. A function gets
+the value of the columns at hand: all of the prompt's, then one at a time.
+
+>>> import jax.numpy as jnp
+>>> def forward(params, tokens):  # the next token is one more than the last
+...     return 9.0 * jax.nn.one_hot((tokens + 1) % 5, 5)
+>>> count = Upstream("count", forward)
+>>> generate(count, {}, np.array([[-1, 1], [3, 4]]), Settings(max_new_tokens=3, use_cache=False)).tokens
+array([[-1,  1,  2,  3,  4],
+       [ 3,  4,  0,  1,  2]], dtype=int32)
+
+Sharp edges: a function that mixes positions (a mean over them) cannot give the same with a cache as without. Under
+a cache, `attn_scores` and `pattern` have a key for each column there is room for, the ones not yet written masked.
+A row that has ended goes on as padding.
+
+Source: Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020, for top-p.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from interp_jax.core.errors import InvalidInputError, ShapeError, UnsupportedModelError, four_part
+from interp_jax.core.interventions import Intervention, Masked, apply_intervention, describe
+from interp_jax.core.sites import Site, select_sites
+from interp_jax.models.upstream import PAD, Upstream
+from interp_jax.transforms import running_pass
+from interp_jax.transforms.compilations import counted_jit
+
+if TYPE_CHECKING:
+    from interp_jax.models.tokenizers import Tokenizer
+
+# Room in the cache grows by this many columns, so that prompts and lengths that differ a little share a program.
+ROOM_STEP = 64
+# Sites whose axes are [batch, head, query, key]; all others are [batch, pos, ...].
+_BY_QUERY_AND_KEY = ("attn_scores", "pattern")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to generate.
+
+    Args:
+        max_new_tokens: Most tokens to add, at least 1.
+        temperature: 0 takes the most probable token; otherwise logits are divided by it and sampled from.
+        top_k: Sample among the k most probable tokens only.
+        top_p: Sample among the most probable tokens that together reach this probability only, in (0, 1].
+        eos_id: The token that ends a row, None if nothing does.
+        at: Positions at which interventions act: "all", those of the "prompt", or the "generated" ones.
+        use_cache: Whether keys and values are kept from step to step.
+    """
+
+    max_new_tokens: int = 32
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    eos_id: int | None = None
+    at: Literal["all", "prompt", "generated"] = "all"
+    use_cache: bool = True
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated.
+
+    Args:
+        tokens: Prompts and what follows them, int32 `[batch, pos]`; `PAD` before a short prompt and after the end.
+        n_prompt: How many columns of `tokens` are the prompts.
+        log_probs: Log probability of each new token under the model (before temperature, top-k and top-p), in nats,
+            `[batch, new]`; 0 after the end.
+        texts: The new tokens of each row as text, None without a tokenizer.
+    """
+
+    tokens: np.ndarray
+    n_prompt: int
+    log_probs: np.ndarray
+    texts: tuple[str, ...] | None = None
+
+    @property
+    def new_tokens(self) -> np.ndarray:
+        """The tokens after the prompts, `[batch, new]`."""
+        return self.tokens[:, self.n_prompt :]
+
+    def with_text(self, tokenizer: Tokenizer) -> Generation:
+        """The same with `texts` filled in; what ended a row is left out of its text."""
+        texts = tuple(tokenizer.decode(row, skip_special_tokens=True) for row in self.new_tokens.tolist())
+        return dataclasses.replace(self, texts=texts)
+
+    def __str__(self) -> str:
+        return repr(self) if self.texts is None else "\n".join(self.texts)
+
+
+def generate(
+    upstream: Upstream,
+    params: Any,
+    tokens: np.ndarray,
+    settings: Settings,
+    *,
+    interventions: Mapping[Any, Intervention] | None = None,
+    key: Any = 0,
+    n_ctx: int | None = None,
+) -> Generation:
+    """Continue prompts.
+
+    Args:
+        upstream: The model's functions.
+        params: Its parameters.
+        tokens: Prompts, int32 `[batch, pos]`; shorter ones are padded on the left.
+        settings: How to generate.
+        interventions: Selector to what is done to the sites it picks.
+        key: A PRNG key, or an integer seed. Rows and steps draw independently of each other.
+        n_ctx: Most tokens the model can read, if known.
+
+    Returns:
+        The generation.
+
+    Raises:
+        InvalidInputError: A setting is out of range, or a prompt is padded on the right.
+        UnknownNameError: A selector matches no site.
+        ShapeError: An intervention does not fit its site.
+        UnsupportedModelError: A cache is asked for and the model has none.
+    """
+    _check(settings, tokens, n_ctx)
+    batch, n_prompt = tokens.shape
+    total = n_prompt + settings.max_new_tokens
+    room = -(-total // ROOM_STEP) * ROOM_STEP
+    room = total if n_ctx is None else min(room, n_ctx)
+    edits = _edits(upstream, params, interventions or {}, (batch, n_prompt, total, room))
+    sampler = Sampler(settings.temperature == 0, settings.top_k, settings.top_p is not None)
+    key = jax.random.key(key) if isinstance(key, (int, np.integer)) else key
+    knobs = {"temperature": np.float32(settings.temperature), "top_p": np.float32(settings.top_p or 1.0)}
+    values = tuple(edit.masked for edit in edits)
+    static = {"edits": tuple(edit._replace(masked=None) for edit in edits), "at": settings.at, "sampler": sampler}
+
+    buffer = np.full((batch, room), PAD, np.int32)
+    buffer[:, :n_prompt] = tokens
+    log_probs = np.zeros((batch, settings.max_new_tokens), np.float32)
+    running = np.ones(batch, bool)
+    if settings.use_cache:
+        if upstream.step is None or upstream.init_cache is None:
+            raise _no_cache(upstream)
+        cache = upstream.init_cache(batch, room)
+    for n_new in range(settings.max_new_tokens):
+        end = n_prompt + n_new
+        place = {"n_prompt": np.int32(n_prompt), "n_new": np.int32(n_new)}
+        if settings.use_cache:
+            piece = buffer[:, :n_prompt] if n_new == 0 else buffer[:, end - 1 : end]
+            chosen, log_prob, cache = _cached_step(upstream, params, cache, piece, values, key, knobs, place, **static)
+        else:
+            chosen, log_prob = _whole_step(upstream, params, buffer, values, key, knobs, place, **static)
+        buffer[:, end] = np.where(running, np.asarray(chosen), PAD)
+        log_probs[:, n_new] = np.where(running, np.asarray(log_prob), 0.0)
+        running &= buffer[:, end] != (PAD if settings.eos_id is None else settings.eos_id)
+        if not running.any():
+            total = end + 1
+            break
+    return Generation(buffer[:, :total].copy(), n_prompt, log_probs[:, : total - n_prompt])
+
+
+class Sampler(NamedTuple):
+    """The parts of sampling that decide what is compiled."""
+
+    is_greedy: bool
+    top_k: int | None
+    has_top_p: bool
+
+
+def sample(logits: jax.Array, keys: jax.Array, sampler: Sampler, *, temperature: Any, top_p: Any) -> jax.Array:
+    """One token per row.
+
+    p_i = softmax(logits / temperature)_i, restricted to the k largest, then to the smallest set of largest whose sum
+    is at least top_p, and renormalised.
+
+    Args:
+        logits: `[batch, d_vocab]`.
+        keys: A PRNG key per row, `[batch]`.
+        sampler: What to do.
+        temperature: Positive, unless the sampler is greedy.
+        top_p: In (0, 1].
+
+    Returns:
+        Token ids, `[batch]`.
+    """
+    if sampler.is_greedy:
+        return logits.argmax(-1).astype(jnp.int32)
+    logits = logits.astype(jnp.float32) / temperature
+    if sampler.top_k is not None:
+        smallest = lax.top_k(logits, min(sampler.top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits >= smallest, logits, -jnp.inf)
+    if sampler.has_top_p:
+        falling = jnp.sort(logits, axis=-1, descending=True)
+        probabilities = jax.nn.softmax(falling)
+        # A token stays if those before it do not reach top_p yet; the first always stays.
+        stays = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
+        smallest = jnp.where(stays, falling, jnp.inf).min(axis=-1, keepdims=True)
+        logits = jnp.where(logits >= smallest, logits, -jnp.inf)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+class Edit(NamedTuple):
+    """An intervention on some sites, brought to one of two forms.
+
+    `masked` has values and masks for every column there is room for; or `function` maps the value at hand.
+    """
+
+    sites: tuple[Site, ...]
+    function: Callable[[Any], Any] | None
+    masked: Masked | None
+
+
+def _run_cached(
+    upstream: Upstream,
+    params: Any,
+    cache: Any,
+    tokens: Any,
+    values: Any,
+    key: Any,
+    knobs: Any,
+    place: Any,
+    *,
+    edits: Any,
+    at: Any,
+    sampler: Any,
+) -> Any:
+    window = (cache.length, tokens.shape[1], place["n_prompt"])
+    logits, cache = _edited(upstream.step, (params, cache, tokens), edits, values, at, window)
+    return *_choose(logits[:, -1], key, knobs, place, sampler), cache
+
+
+def _run_whole(
+    upstream: Upstream,
+    params: Any,
+    tokens: Any,
+    values: Any,
+    key: Any,
+    knobs: Any,
+    place: Any,
+    *,
+    edits: Any,
+    at: Any,
+    sampler: Any,
+) -> Any:
+    window = (jnp.int32(0), tokens.shape[1], place["n_prompt"])
+    logits = _edited(upstream.forward, (params, tokens), edits, values, at, window)
+    last = lax.dynamic_index_in_dim(logits, place["n_prompt"] + place["n_new"] - 1, axis=1, keepdims=False)
+    return _choose(last, key, knobs, place, sampler)
+
+
+_cached_step = counted_jit(
+    _run_cached, name="generation step", static_argnums=0, static_argnames=("edits", "at", "sampler")
+)
+_whole_step = counted_jit(
+    _run_whole, name="generation step without a cache", static_argnums=0, static_argnames=("edits", "at", "sampler")
+)
+
+
+def _choose(logits: Any, key: Any, knobs: Any, place: Any, sampler: Sampler) -> tuple[Any, Any]:
+    """The next token of each row, and its log probability under the model."""
+    rows = jnp.arange(logits.shape[0])
+    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), place["n_new"]))(rows)
+    chosen = sample(logits, keys, sampler, **knobs)
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    return chosen, jnp.take_along_axis(log_p, chosen[:, None], axis=-1)[:, 0]
+
+
+def _edited(fn: Any, args: Any, edits: tuple[Edit, ...], values: tuple[Any, ...], at: str, window: Any) -> Any:
+    """`fn(*args)` with its sites edited; `window` is the first column at hand, their number, and the prompt's."""
+    if not edits:
+        return fn(*args)
+    sites = list(dict.fromkeys(site for edit in edits for site in edit.sites))
+    with running_pass.run(fn, *args, sites=sites) as steps:
+        for layer, name, value in steps:
+            for edit, masked in zip(edits, values, strict=True):
+                if Site(layer, name) in edit.sites:
+                    value = _edit_value(edit, masked, Site(layer, name), value, at, window)
+            steps.modified_value = value
+    return steps.retval
+
+
+def _edit_value(edit: Edit, masked: Any, site: Site, value: Any, at: str, window: Any) -> Any:
+    start, width, n_prompt = window
+    axis = _position_axis(site)
+    if edit.function is None:
+        windowed = [
+            lax.dynamic_slice_in_dim(part, start, width, axis) if part.shape[axis] > 1 else part
+            for part in (masked.value, masked.mask)
+        ]
+        new = apply_intervention(Masked(*windowed), value, where=str(site))
+    else:
+        new = apply_intervention(edit.function, value, where=str(site))
+    if at == "all":
+        return new
+    columns = start + jnp.arange(width)
+    acts = columns < n_prompt if at == "prompt" else columns >= n_prompt
+    return jnp.where(jnp.expand_dims(acts, [i for i in range(value.ndim) if i != axis]), new, value)
+
+
+def _position_axis(site: Site) -> int:
+    return 2 if site.name in _BY_QUERY_AND_KEY else 1
+
+
+def _edits(
+    upstream: Upstream, params: Any, interventions: Mapping[Any, Intervention], sizes: tuple[int, int, int, int]
+) -> list[Edit]:
+    """The interventions in one form, checked against the sites as they are at full length."""
+    if not interventions:
+        return []
+    batch, _, _, room = sizes
+    table = running_pass.list_sites(upstream.forward, params, np.zeros((batch, room), np.int32))
+    forms = {row.site: row.value for row in table.rows}
+    edits = []
+    for selector, intervention in interventions.items():
+        sites = select_sites(selector, list(forms), where=f"{upstream.name}.generate")
+        if callable(intervention):
+            edits.append(Edit(tuple(sites), intervention, None))
+            continue
+        # Sites of one name share a form; those of different names may need the arrays laid out differently.
+        by_layout: dict[tuple[int, int], list[Site]] = {}
+        for site in sites:
+            by_layout.setdefault((forms[site].ndim, _position_axis(site)), []).append(site)
+        for group in by_layout.values():
+            masked = _over_columns(intervention, forms[group[0]], group[0], sizes)
+            for site in group:
+                _check_fits(masked, forms[site], site)
+            edits.append(Edit(tuple(group), None, masked))
+    return edits
+
+
+def _over_columns(intervention: Any, form: Any, site: Site, sizes: tuple[int, int, int, int]) -> Masked:
+    """Value and mask of an intervention with all axes of the site, and its position axes 1 or of full length."""
+    given = intervention if isinstance(intervention, Masked) else Masked(intervention, np.True_)
+    axes = [_position_axis(site)] + ([3] if site.name in _BY_QUERY_AND_KEY else [])
+    _, n_prompt, total, room = sizes
+    value, mask = (jnp.asarray(part) for part in (given.value, given.mask))
+    value, mask = (part.reshape((1,) * (form.ndim - part.ndim) + part.shape) for part in (value, mask))
+    _check_columns(site, given, (value, mask), axes, sizes)
+    for axis in axes:
+        # What ends before the last column does nothing after its end.
+        short = [part.shape[axis] for part in (value, mask) if part.shape[axis] in (n_prompt, total)]
+        if short and mask.shape[axis] == 1:
+            mask = jnp.repeat(mask, min(short), axis)
+        value, mask = (_extend(part, axis, room) if part.shape[axis] in short else part for part in (value, mask))
+    return Masked(value, mask)
+
+
+def _check_columns(site: Site, given: Masked, parts: tuple[Any, Any], axes: list[int], sizes: Any) -> None:
+    """Refuse arrays whose position axes are of no length that means something."""
+    _, n_prompt, total, room = sizes
+    if all(part.shape[axis] in (1, n_prompt, total, room) for part in parts for axis in axes):
+        return
+    shown = ", ".join(f"{name} {describe(jnp.asarray(getattr(given, name)))}" for name in ("value", "mask"))
+    raise ShapeError(
+        four_part(
+            f"An intervention with {shown} was given",
+            where=f"site {site} in generate",
+            expected=f"1 position, the {n_prompt} of the prompt, or all {total}, new tokens included.",
+            fix="give one row per column of the finished text; columns of padding count.",
+        )
+    )
+
+
+def _extend(part: jax.Array, axis: int, length: int) -> jax.Array:
+    widths = [(0, length - size if i == axis else 0) for i, size in enumerate(part.shape)]
+    return jnp.pad(part, widths)
+
+
+def _check_fits(masked: Masked, form: Any, site: Site) -> None:
+    jax.eval_shape(lambda value: apply_intervention(masked, value, where=str(site)), form)
+
+
+def _check(settings: Settings, tokens: np.ndarray, n_ctx: int | None) -> None:
+    """Refuse settings that are out of range, all at once."""
+    wrong = []
+    if settings.max_new_tokens < 1:
+        wrong.append(("max_new_tokens", settings.max_new_tokens, "at least 1"))
+    elif n_ctx is not None and tokens.shape[1] + settings.max_new_tokens > n_ctx:
+        most = n_ctx - tokens.shape[1]
+        wrong.append(("max_new_tokens", settings.max_new_tokens, f"at most {most} (n_ctx {n_ctx} less the prompt)"))
+    if not 0 <= settings.temperature < np.inf:
+        wrong.append(("temperature", settings.temperature, "0 or a positive number"))
+    if settings.top_k is not None and settings.top_k < 1:
+        wrong.append(("top_k", settings.top_k, "at least 1"))
+    if settings.top_p is not None and not 0 < settings.top_p <= 1:
+        wrong.append(("top_p", settings.top_p, "above 0 and at most 1"))
+    if settings.at not in ("all", "prompt", "generated"):
+        wrong.append(("at", settings.at, "'all', 'prompt' or 'generated'"))
+    if wrong:
+        raise InvalidInputError(
+            four_part(
+                ", ".join(f"{name}={value!r}" for name, value, _ in wrong) + (" was given" if wrong[1:] == [] else ""),
+                where="generate",
+                expected="; ".join(f"{name} {allowed}" for name, _, allowed in wrong) + ".",
+                fix="choose values in range.",
+            )
+        )
+    if (tokens[:, -1] == PAD).any():
+        raise InvalidInputError(
+            four_part(
+                f"A prompt padded on the right (row {int(np.flatnonzero(tokens[:, -1] == PAD)[0])}) was given",
+                where="generate",
+                expected="padding on the left, so that every prompt ends in the last column.",
+                fix="move the padding to the front, as lm.tokenize(list_of_texts) does.",
+            )
+        )
+
+
+def _no_cache(upstream: Upstream) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        four_part(
+            f"{upstream.name} has no key-value cache",
+            where="generate",
+            expected="an Upstream with step and init_cache, or use_cache=False.",
+            fix="pass use_cache=False.",
+        )
+    )

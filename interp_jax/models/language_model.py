@@ -1,0 +1,594 @@
+"""`LanguageModel`: somebody else's model, with its sites, its weights under canonical names, and its tokenizer.
+
+A frozen record of parameters and pure functions. The model's own code runs under its patch set; nothing here
+re-implements a transformer, and no method keeps a result on the object.
+
+    lm = ij.load("smollm2-135m")
+    tokens = lm.tokenize("When Mary and John went to the store, John gave a drink to")
+    for layer, name, value in (running_pass := lm.run(tokens, sites="mlp_out")):
+        if layer == 5:
+            running_pass.modified_value = value * 0
+    logits = running_pass.retval
+
+Any function with sows in it will do; here a bigram model:
+
+>>> import numpy as np
+>>> from interp_jax.transforms.sowing import sow
+>>> def forward(params, tokens):
+...     return sow(params["W_E"][tokens], name="embed") @ params["W_U"]
+>>> params = {"W_E": jnp.eye(3), "W_U": 2 * jnp.eye(3)}
+>>> lm = LanguageModel(Upstream("bigram", forward), params, name="bigram")
+>>> lm(np.array([[0, 2]])).argmax(-1)
+Array([[0, 2]], dtype=int32)
+>>> lm.intervene(np.array([[0, 2]]), {"embed": lambda value: value[:, ::-1]}).argmax(-1)
+Array([[2, 0]], dtype=int32)
+
+Sharp edges: tokens are always `[batch, pos]`. A negative token (`PAD`) is padding: it is masked, and positions are
+counted over the tokens of the row, so there is no separate mask to forget; values at padded positions mean nothing.
+Tokens are checked when their values are known, which under `jax.jit` they are not.
+
+Source: interp_jax.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from interp_jax.core.activations import Activations, SiteTable
+from interp_jax.core.errors import InvalidInputError, ShapeError, UnknownNameError, UnsupportedModelError, four_part
+from interp_jax.core.interventions import Intervention, apply_intervention
+from interp_jax.core.sites import Selector, Site, select_sites
+from interp_jax.models.upstream import PAD, ModelConfig, Upstream
+from interp_jax.transforms import running_pass
+from interp_jax.transforms.compilations import counted_jit
+
+if TYPE_CHECKING:
+    from interp_jax.models.contracts import CheckReport
+    from interp_jax.models.generate import Generation
+    from interp_jax.models.tokenizers import Tokenizer
+
+__all__ = ["PAD", "LanguageModel", "ModelConfig", "check_tokens"]
+
+
+def _weight(name: str, meaning: str) -> Any:
+    """A property that computes a canonical weight from the parameters each time it is read."""
+    return property(lambda lm: lm.weight(name), doc=meaning)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LanguageModel:
+    """A model under its patch set.
+
+    Args:
+        upstream: The model's own code as pure functions.
+        params: Its parameters, in upstream's own layout.
+        config: Its shape; None for a model that is only a function.
+        tokenizer: Text to tokens and back, if there is one.
+        name: What to call it.
+        source: Where the weights came from.
+    """
+
+    upstream: Upstream
+    params: Any
+    config: ModelConfig | None = None
+    tokenizer: Tokenizer | None = None
+    name: str = ""
+    source: str = ""
+
+    W_E = _weight("W_E", "Token embedding, `[d_vocab, d_model]`.")
+    W_pos = _weight("W_pos", "Position embedding, `[n_ctx, d_model]`.")
+    W_U = _weight("W_U", "Unembedding, `[d_model, d_vocab]`.")
+    W_Q = _weight("W_Q", "Query weights, `[layer, head, d_model, d_head]`.")
+    W_K = _weight("W_K", "Key weights, `[layer, kv_head, d_model, d_head]`.")
+    W_V = _weight("W_V", "Value weights, `[layer, kv_head, d_model, d_head]`.")
+    W_O = _weight("W_O", "Output weights of the heads, `[layer, head, d_head, d_model]`.")
+    b_Q = _weight("b_Q", "Query biases, `[layer, head, d_head]`.")
+    b_K = _weight("b_K", "Key biases, `[layer, kv_head, d_head]`.")
+    b_V = _weight("b_V", "Value biases, `[layer, kv_head, d_head]`.")
+    b_O = _weight("b_O", "Output biases of attention, `[layer, d_model]`.")
+    W_gate = _weight("W_gate", "What the nonlinearity of a gated MLP reads, `[layer, d_model, d_mlp]`.")
+    W_in = _weight("W_in", "The (linear branch of the) MLP's input weights, `[layer, d_model, d_mlp]`.")
+    W_out = _weight("W_out", "The MLP's output weights, `[layer, d_mlp, d_model]`.")
+    b_in = _weight("b_in", "The MLP's input biases, `[layer, d_mlp]`.")
+    b_out = _weight("b_out", "The MLP's output biases, `[layer, d_model]`.")
+    ln1_w = _weight("ln1_w", "Gain of the norm before attention, `[layer, d_model]`.")
+    ln1_b = _weight("ln1_b", "Bias of the norm before attention, `[layer, d_model]`.")
+    ln2_w = _weight("ln2_w", "Gain of the norm before the MLP, `[layer, d_model]`.")
+    ln2_b = _weight("ln2_b", "Bias of the norm before the MLP, `[layer, d_model]`.")
+    ln_final_w = _weight("ln_final_w", "Gain of the norm before the unembedding, `[d_model]`.")
+    ln_final_b = _weight("ln_final_b", "Bias of the norm before the unembedding, `[d_model]`.")
+
+    @property
+    def forward(self) -> Callable[[Any, Any], jax.Array]:
+        """`(params, tokens) -> logits`: pure, traceable, with the sites in it. The same object at each access."""
+        return self.upstream.forward
+
+    def __call__(self, tokens: Any) -> jax.Array:
+        """The logits, compiled once per shape of the tokens.
+
+        Args:
+            tokens: Token ids, `[batch, pos]`; `PAD` is padding.
+
+        Returns:
+            Logits, `[batch, pos, d_vocab]`.
+
+        Raises:
+            InvalidInputError: Text, an empty prompt, or ids that are not in the vocabulary.
+            ShapeError: Not integers of shape `[batch, pos]`.
+        """
+        return _compiled(self.upstream)(self.params, self.check_tokens(tokens))
+
+    def run(
+        self, tokens: Any, sites: Selector = None, engine: Literal["compiled", "python"] = "compiled"
+    ) -> running_pass.RunningPass:
+        """A running pass: a loop over the sites of the forward pass.
+
+        Args:
+            tokens: Token ids, `[batch, pos]`.
+            sites: Which sites to stop at; all by default.
+            engine: "compiled" or "python".
+
+        Returns:
+            The running pass; its `retval` is the logits.
+
+        Raises:
+            UnknownNameError: A selector matches no site.
+        """
+        return running_pass.run(self.forward, self.params, self.check_tokens(tokens), sites=sites, engine=engine)
+
+    def reap(self, tokens: Any, select: Selector) -> Activations:
+        """The values of the selected sites. What comes after the last of them is not computed.
+
+        Args:
+            tokens: Token ids, `[batch, pos]`.
+            select: Which sites to read.
+
+        Returns:
+            The values by site, in execution order.
+
+        Raises:
+            UnknownNameError: A selector matches no site.
+        """
+        tokens = self.check_tokens(tokens)
+        sites = self._select(tokens, select, where="reap")
+        values: dict[Site, Any] = {}
+        with running_pass.run(self.forward, self.params, tokens, sites=sites) as steps:
+            for layer, name, value in steps:
+                values[Site(layer, name)] = value
+                if len(values) == len(sites):
+                    break
+        return Activations(values)
+
+    def intervene(self, tokens: Any, interventions: Mapping[Any, Intervention]) -> jax.Array:
+        """The logits when sites are changed.
+
+        Args:
+            tokens: Token ids, `[batch, pos]`.
+            interventions: Selector to what is done to the sites it picks: an array, a `Masked`, or a function of the
+                value. A site that several selectors pick is changed by each in turn.
+
+        Returns:
+            Logits, `[batch, pos, d_vocab]`.
+
+        Raises:
+            UnknownNameError: A selector matches no site.
+            ShapeError: A new value does not fit its site.
+        """
+        tokens = self.check_tokens(tokens)
+        by_site: dict[Site, list[Intervention]] = {}
+        for selector, intervention in interventions.items():
+            for site in self._select(tokens, selector, where="intervene"):
+                by_site.setdefault(site, []).append(intervention)
+        with running_pass.run(self.forward, self.params, tokens, sites=list(by_site)) as steps:
+            for layer, name, value in steps:
+                site = Site(layer, name)
+                for intervention in by_site[site]:
+                    value = apply_intervention(intervention, value, where=f"{site} of {self._label}")
+                steps.modified_value = value
+        return steps.retval
+
+    def sites(self, tokens: Any = None) -> SiteTable:
+        """The table of the model's sites, with shapes, dtypes and bytes. Nothing is computed.
+
+        Args:
+            tokens: Token ids, `[batch, pos]`, for their shape; by default one row of eight.
+
+        Returns:
+            The table, in execution order.
+        """
+        tokens = np.zeros((1, 8), np.int32) if tokens is None else self.check_tokens(tokens)
+        return running_pass.list_sites(self.forward, self.params, tokens)
+
+    def generate(
+        self,
+        prompt: Any,
+        *,
+        max_new_tokens: int = 32,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: Any = 0,
+        stop_at_eos: bool = True,
+        interventions: Mapping[Any, Intervention] | None = None,
+        at: Literal["all", "prompt", "generated"] = "all",
+        use_cache: bool = True,
+    ) -> Generation:
+        """Continue prompts token by token, with sites changed if asked for.
+
+        Args:
+            prompt: A text, a list of texts, or token ids `[batch, pos]`.
+            max_new_tokens: Most tokens to add.
+            temperature: 0 takes the most probable token; otherwise logits are divided by it and sampled from.
+            top_k: Sample among the k most probable tokens only.
+            top_p: Sample among the most probable tokens that together reach this probability only.
+            seed: An integer or a PRNG key. Each row and each step draws on its own.
+            stop_at_eos: Whether a row ends with the tokenizer's end-of-text token.
+            interventions: Selector to intervention; see `interp_jax.models.generate` on positions.
+            at: Positions at which they act: "all", those of the "prompt", or the "generated" ones.
+            use_cache: Whether keys and values are kept from step to step. The tokens are the same without.
+
+        Returns:
+            The tokens, and their text if there is a tokenizer.
+        """
+        from interp_jax.models import generate
+
+        tokens = self.tokenize(prompt) if _is_text(prompt) else self.check_tokens(prompt, where="generate")
+        eos_id = self.tokenizer.eos_id if stop_at_eos and self.tokenizer is not None else None
+        generation = generate.generate(
+            self.upstream,
+            self.params,
+            np.asarray(tokens),
+            generate.Settings(
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                eos_id=eos_id,
+                at=at,
+                use_cache=use_cache,
+            ),
+            interventions=interventions or {},
+            key=seed,
+            n_ctx=None if self.config is None else self.config.n_ctx,
+        )
+        return generation if self.tokenizer is None else generation.with_text(self.tokenizer)
+
+    def check(self, tokens: Any = None) -> CheckReport:
+        """Whether what is read at each site is what its name says.
+
+        Args:
+            tokens: Token ids to check on, `[batch, pos]`; by default two short rows, one of them padded.
+
+        Returns:
+            The contracts with their outcomes; prints as a table.
+        """
+        from interp_jax.models import contracts
+
+        tokens = None if tokens is None else self.check_tokens(tokens, where="check")
+        return contracts.check_model(self.upstream, self.params, self.config, tokens, name=self._label)
+
+    def ln_final(self, residual: Any) -> jax.Array:
+        """The norm before the unembedding, on any `[..., d_model]` of rank 3: upstream's own code."""
+        return self._part("ln_final")(self.params, residual)
+
+    def unembed(self, normalised: Any) -> jax.Array:
+        """Logits of what `ln_final` returns: upstream's own code."""
+        return self._part("unembed")(self.params, normalised)
+
+    def weight(self, name: str, layer: int | None = None) -> jax.Array:
+        """A weight under its canonical name, computed from the parameters now.
+
+        Args:
+            name: Such as "W_Q"; `upstream.weight_names` has them all.
+            layer: Which layer's; by default all layers', stacked on a new first axis.
+
+        Returns:
+            The weight; its axes are in the docstring of the property of that name.
+
+        Raises:
+            UnknownNameError: The model has no weight of that name, or no such layer.
+        """
+        where = f"the weights of {self._label}"
+        if name in self.upstream.weights and layer is None:
+            return self.upstream.weights[name](self.params)
+        if name not in self.upstream.layer_weights:
+            has_it = name in self.upstream.weights
+            what = f"{name!r} of layer {layer}" if has_it else f"{name!r}"
+            names = list(self.upstream.layer_weights if has_it else self.upstream.weight_names)
+            raise UnknownNameError(
+                four_part(f"{what} was asked for", where=where, names=names, given=name, fix="use one of these names.")
+            )
+        of_layer, params_of = self.upstream.layer_weights[name], self.upstream.layer_params
+        if params_of is None or self.config is None:
+            raise self._lacking("layer_params and config")
+        n_layers = self.config.n_layers
+        if layer is None:
+            return jnp.stack([of_layer(params_of(self.params, i)) for i in range(n_layers)])
+        if isinstance(layer, bool) or not 0 <= layer < n_layers:
+            raise UnknownNameError(
+                four_part(
+                    f"Layer {layer!r} was given",
+                    where=where,
+                    expected=f"0 to {n_layers - 1}, or None for all layers.",
+                    fix="choose a layer in that range.",
+                )
+            )
+        return of_layer(params_of(self.params, layer))
+
+    def tokenize(self, text: str | Sequence[str], *, add_special_tokens: bool = True) -> np.ndarray:
+        """Token ids of a text or of several, shorter ones padded on the left with `PAD`.
+
+        Args:
+            text: One text or a list of texts.
+            add_special_tokens: Whether to add what the model's own tokenizer adds.
+
+        Returns:
+            Token ids, int32, `[batch, pos]`.
+
+        Raises:
+            InvalidInputError: There is no text, an empty one, or one longer than the model can read.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        rows = [self._tokenizer().encode(one, add_special_tokens=add_special_tokens) for one in texts]
+        if not rows or not all(rows):
+            which = "No text" if not rows else f"Empty text (number {next(i for i, row in enumerate(rows) if not row)})"
+            raise InvalidInputError(
+                four_part(
+                    f"{which} was given",
+                    where=f"{self._label}.tokenize",
+                    expected="one text, or a list of texts, each of at least one token.",
+                    fix="leave empty texts out; to start from nothing use the model's beginning-of-text token.",
+                )
+            )
+        n_pos = max(map(len, rows))
+        tokens = np.array([[PAD] * (n_pos - len(row)) + row for row in rows], np.int32)
+        return np.asarray(self.check_tokens(tokens, where="tokenize"))
+
+    def decode(self, tokens: Any, *, skip_special_tokens: bool = False) -> Any:
+        """The text of token ids.
+
+        Args:
+            tokens: Ids; padding says nothing.
+            skip_special_tokens: Whether to leave out control tokens.
+
+        Returns:
+            One text for `[pos]`, a list of texts for `[batch, pos]`.
+        """
+        tokenizer = self._tokenizer()
+        return _map_rows(lambda row: tokenizer.decode(row, skip_special_tokens=skip_special_tokens), tokens)
+
+    def to_str_tokens(self, text: Any) -> Any:
+        """The text of each token alone, for tables and axis labels.
+
+        Args:
+            text: A text, a list of texts, or token ids `[pos]` or `[batch, pos]`.
+
+        Returns:
+            A list of texts for one text or `[pos]`, a list of such lists otherwise.
+        """
+        tokenizer = self._tokenizer()
+        if isinstance(text, str):
+            return tokenizer.strings(tokenizer.encode(text))
+        if _is_text(text):
+            return [tokenizer.strings(tokenizer.encode(one)) for one in text]
+        return _map_rows(tokenizer.strings, text)
+
+    def check_tokens(self, tokens: Any, *, where: str = "") -> Any:
+        """The tokens as int32, once they are known to fit this model; see `check_tokens` of this module."""
+        place = f"{self._label}.{where}" if where else self._label
+        if self.config is None:
+            return check_tokens(tokens, where=place)
+        return check_tokens(tokens, d_vocab=self.config.d_vocab, n_ctx=self.config.n_ctx, where=place)
+
+    @property
+    def n_params(self) -> int:
+        """Number of parameters."""
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.params))
+
+    def __repr__(self) -> str:
+        facts = self._facts()
+        width = max(map(len, facts))
+        return "\n".join([f"LanguageModel {self._label}", *(f"  {key:<{width}}  {facts[key]}" for key in facts)])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in self._facts().items())
+        return f"<table><caption>LanguageModel {html.escape(self._label)}</caption>{rows}</table>"
+
+    def _facts(self) -> dict[str, str]:
+        """What a person wants to know at a glance."""
+        dtypes = sorted({leaf.dtype.name for leaf in jax.tree.leaves(self.params)})
+        n_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+        facts = {"parameters": f"{self.n_params:,} ({', '.join(dtypes)}, {n_bytes / 1e6:,.0f} MB)"}
+        if (config := self.config) is not None:
+            kv = "" if config.n_kv_heads == config.n_heads else f" ({config.n_kv_heads} for keys and values)"
+            mlp = "gated " if config.is_gated else ""
+            facts |= {
+                "family": config.family,
+                "layers": f"{config.n_layers}, d_model {config.d_model}",
+                "attention": f"{config.n_heads} heads{kv}, d_head {config.d_head}",
+                "MLP": f"{mlp}{config.activation}, d_mlp {config.d_mlp}",
+                "tokens": f"d_vocab {config.d_vocab:,}, n_ctx {config.n_ctx:,}",
+            }
+        patch_set = "none (the model's own tags)" if self.upstream.patch_set is None else self.upstream.name
+        facts["patch set"] = patch_set
+        if self.source:
+            facts["source"] = self.source
+        return facts
+
+    @property
+    def _label(self) -> str:
+        return self.name or self.upstream.name
+
+    def _select(self, tokens: Any, selector: Selector, *, where: str) -> list[Site]:
+        sites = running_pass.list_sites(self.forward, self.params, tokens).sites
+        return select_sites(selector, sites, where=f"{self._label}.{where}")
+
+    def _part(self, part: str) -> Callable[..., Any]:
+        function = getattr(self.upstream, part)
+        if function is None:
+            raise self._lacking(part)
+        return _compiled_part(self.upstream, part)
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UnsupportedModelError(
+                four_part(
+                    f"{self._label} has no tokenizer",
+                    where=self.source or None,
+                    expected="tokenizer files beside the weights, or a tokenizer in the weights' metadata.",
+                    fix="add the tokenizer files and load again, or give token ids instead of text.",
+                )
+            )
+        return self.tokenizer
+
+    def _lacking(self, part: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            four_part(
+                f"{self._label} does not say what its {part} is",
+                expected=f"an Upstream with {part}.",
+                fix=f"give {part} when making the LanguageModel.",
+            )
+        )
+
+
+@lru_cache(maxsize=32)
+def _compiled(upstream: Upstream) -> Callable[..., Any]:
+    return counted_jit(upstream.forward, name=f"{upstream.name}.forward")
+
+
+@lru_cache(maxsize=64)
+def _compiled_part(upstream: Upstream, part: str) -> Callable[..., Any]:
+    return counted_jit(getattr(upstream, part), name=f"{upstream.name}.{part}")
+
+
+def check_tokens(
+    tokens: Any, *, d_vocab: int | None = None, n_ctx: int | None = None, where: str = "check_tokens"
+) -> Any:
+    """Tokens as int32, once they are known to be tokens.
+
+    Args:
+        tokens: Token ids, `[batch, pos]`, or a list of equally long lists of them.
+        d_vocab: Size of the vocabulary, if known.
+        n_ctx: Most tokens the model can read, if known.
+        where: Name of the call, for error messages.
+
+    Returns:
+        The tokens: a NumPy array, or a JAX array if that is what was given.
+
+    Raises:
+        InvalidInputError: Text, an empty prompt, ids outside the vocabulary, or more tokens than the model can read.
+        ShapeError: Not integers, or not of shape `[batch, pos]`.
+    """
+    if _is_text(tokens):
+        raise InvalidInputError(
+            four_part(
+                f"Text was given: {tokens!r:.60}",
+                where=where,
+                expected="token ids, integers [batch, pos].",
+                fix="tokenize it first: lm.tokenize(text).",
+            )
+        )
+    array = tokens if isinstance(tokens, jax.Array) else _as_array(tokens, where)
+    if array.dtype == bool or not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ShapeError(
+            four_part(
+                f"Tokens of dtype {array.dtype} were given",
+                where=where,
+                expected="integers [batch, pos].",
+                fix="give token ids, as lm.tokenize returns them.",
+            )
+        )
+    if array.ndim != 2:
+        raise ShapeError(
+            four_part(
+                f"Tokens of shape {list(array.shape)} were given",
+                where=where,
+                expected="two axes, [batch, pos].",
+                fix="for one row write tokens[None]." if array.ndim == 1 else "give one row of ids per prompt.",
+            )
+        )
+    if 0 in array.shape:
+        raise InvalidInputError(
+            four_part(
+                f"An empty prompt (tokens of shape {list(array.shape)}) was given",
+                where=where,
+                expected="at least one row and one position.",
+                fix="give a text of at least one token.",
+            )
+        )
+    if n_ctx is not None and array.shape[1] > n_ctx:
+        raise InvalidInputError(
+            four_part(
+                f"{array.shape[1]} tokens a row were given",
+                where=where,
+                expected=f"at most n_ctx = {n_ctx}.",
+                fix="shorten or split the text.",
+            )
+        )
+    if not isinstance(array, jax.core.Tracer):
+        _check_ids(np.asarray(array), d_vocab, where)
+    return array.astype(np.int32)
+
+
+def _check_ids(tokens: np.ndarray, d_vocab: int | None, where: str) -> None:
+    outside = tokens < PAD if d_vocab is None else (tokens < PAD) | (tokens >= d_vocab)
+    if outside.any():
+        offenders = sorted({int(token) for token in tokens[outside]})
+        shown = ", ".join(map(str, offenders[:5])) + (f", ... ({len(offenders)} in all)" if len(offenders) > 5 else "")
+        row, position = (int(index) for index in np.argwhere(outside)[0])
+        top = "" if d_vocab is None else f" to {d_vocab - 1}"
+        raise InvalidInputError(
+            four_part(
+                f"Token ids {shown} were given, the first at row {row}, position {position}",
+                where=where,
+                expected=f"ids from 0{top}, or {PAD} for padding.",
+                fix="use this model's own tokenizer: lm.tokenize(text).",
+            )
+        )
+    empty = np.flatnonzero((tokens == PAD).all(axis=1))
+    if empty.size:
+        raise InvalidInputError(
+            four_part(
+                f"An empty prompt (row {int(empty[0])} is all padding) was given",
+                where=where,
+                expected="at least one token in every row.",
+                fix="leave empty rows out.",
+            )
+        )
+
+
+def _as_array(tokens: Any, where: str) -> np.ndarray:
+    try:
+        return np.asarray(tokens)
+    except ValueError:
+        raise ShapeError(
+            four_part(
+                "Rows of different lengths were given",
+                where=where,
+                expected="integers [batch, pos].",
+                fix=f"pad shorter rows on the left with {PAD}, as lm.tokenize(list_of_texts) does.",
+            )
+        ) from None
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is a text or a list of texts."""
+    return isinstance(value, str) or (
+        isinstance(value, Sequence) and len(value) > 0 and all(isinstance(one, str) for one in value)
+    )
+
+
+def _map_rows(function: Callable[[list[int]], Any], tokens: Any) -> Any:
+    array = np.asarray(tokens)
+    if array.ndim == 1:
+        return function(array.tolist())
+    return [function(row) for row in array.reshape(-1, array.shape[-1]).tolist()]
