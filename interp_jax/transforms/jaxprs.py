@@ -13,13 +13,16 @@ Source: JAX's own `eval_jaxpr` documents the protocol for binding an equation.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-from interp_jax.transforms.sowing import SITE_TAG, sow_p
+from interp_jax.core.errors import InvalidInputError, four_part
+from interp_jax.core.sites import Site
+from interp_jax.transforms.sowing import INHERITED, SITE_TAG, LoopLayer, layer_in, sow_p
 
 
 def evaluate(eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
@@ -49,17 +52,68 @@ def is_site(eqn: JaxprEqn) -> bool:
     return eqn.primitive is sow_p and eqn.params["tag"] == SITE_TAG
 
 
-def any_site(jaxpr: Jaxpr, wanted: Callable[[dict[str, Any]], bool]) -> bool:
-    """Whether a jaxpr, or any jaxpr inside it, has a site whose parameters are wanted."""
+class Scope(NamedTuple):
+    """The layer scope an equation lies in: the layer, and how many loops are around the scope itself."""
+
+    layer: int | LoopLayer | None = None
+    n_loops: int = 0
+
+
+def scope_of(eqn: JaxprEqn, outer: Scope, n_loops: int) -> Scope:
+    """The scope of an equation.
+
+    Args:
+        eqn: The equation.
+        outer: The scope of the call or loop the equation lies in.
+        n_loops: How many loops are around the equation.
+
+    Returns:
+        Its own innermost layer scope, or `outer` if it has none.
+    """
+    layer = layer_in(eqn.source_info.name_stack)
+    return outer if layer is INHERITED else Scope(layer, n_loops)
+
+
+def site_of(name: str, scope: Scope, loop_indices: Sequence[int]) -> Site:
+    """The site of a sow, given its scope and the indices of the loops around it (outermost first)."""
+    if not isinstance(scope.layer, LoopLayer):
+        return Site(scope.layer, name)
+    if scope.n_loops == 0:
+        raise InvalidInputError(
+            four_part(
+                f"Site {name!r} lies in layer_scope(loop_layer()) outside any loop",
+                expected="loop_layer in the body of a scan over layers.",
+                fix="use layer_scope(i) here.",
+            )
+        )
+    return Site(scope.layer.offset + scope.layer.stride * loop_indices[scope.n_loops - 1], name)
+
+
+def is_loop(eqn: JaxprEqn) -> bool:
+    """Whether an equation runs its jaxpr several times, which gives its body a loop index."""
+    return eqn.primitive.name in ("scan", "while")
+
+
+def any_site(jaxpr: Jaxpr, wanted: Callable[[str, Scope], bool], scope: Scope = Scope(), n_loops: int = 0) -> bool:
+    """Whether a jaxpr, or any jaxpr inside it, has a site whose name and scope are wanted."""
     for eqn in jaxpr.eqns:
         if is_site(eqn):
-            if wanted(eqn.params):
+            if wanted(eqn.params["name"], scope_of(eqn, scope, n_loops)):
                 return True
-        elif any(any_site(inner, wanted) for _, inner in inner_jaxprs(eqn)):
+        elif any_site_inside(eqn, wanted, scope, n_loops):
             return True
     return False
 
 
+def any_site_inside(eqn: JaxprEqn, wanted: Callable[[str, Scope], bool], scope: Scope, n_loops: int) -> bool:
+    """Whether a jaxpr among an equation's parameters has a wanted site."""
+    inner = [jaxpr for _, jaxpr in inner_jaxprs(eqn)]
+    if not inner:
+        return False
+    own = scope_of(eqn, scope, n_loops)
+    return any(any_site(jaxpr, wanted, own, n_loops + is_loop(eqn)) for jaxpr in inner)
+
+
 def source_line(eqn: JaxprEqn) -> str:
     """Where in the user's (or upstream's) code an equation comes from: "file.py:12 (function)"."""
-    return source_info_util.summarize(eqn.source_info)
+    return os.path.basename(source_info_util.summarize(eqn.source_info))

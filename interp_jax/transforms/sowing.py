@@ -5,12 +5,16 @@ interpreters (the running pass, harvest) find it; it lowers to its operands, so 
 compiles to the same StableHLO as one without sows. Inside `layer_scope(i)` a sow's site is `Site(i, name)`; inside
 the body of a scan over layers, `layer_scope(loop_layer())` says how the layer follows from the loop's index.
 
+The layer travels in JAX's name stack, not in the sow: a jit-compiled block that is called once per layer keeps one
+trace for all of them, and interpreters find the layer at the call.
+
 >>> import jax
 >>> def layer(x):
 ...     with layer_scope(3):
 ...         return sow(x * 2.0, name="mlp_out")
->>> print(jax.make_jaxpr(layer)(1.0).eqns[-1].primitive)
-sow
+>>> eqn = jax.make_jaxpr(layer)(1.0).eqns[-1]
+>>> print(eqn.primitive, layer_in(eqn.source_info.name_stack))
+sow 3
 
 Sharp edges: under differentiation a sow's primal is sown and its tangent passes by, so a value replaced inside a
 function that was already differentiated does not change the derivative there. Under vmap the value keeps its
@@ -21,6 +25,7 @@ Source: Oryx Harvest for the semantics of tag, name, mode and key.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -28,11 +33,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend import source_info_util
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from interp_jax.core.errors import InvalidInputError, four_part
-from interp_jax.core.sites import Site
+
+# The source line of a sow is the line that calls it.
+source_info_util.register_exclusion(__file__)
 
 SITE_TAG = "site"
 MODES = ("strict", "append", "clobber", "cond_clobber")
@@ -43,7 +51,6 @@ class LoopLayer(NamedTuple):
 
     stride: int
     offset: int
-    depth: int
 
 
 @dataclass(frozen=True)
@@ -91,30 +98,54 @@ class layer_scope:  # noqa: N801 - used like a function
                 )
             )
         self._layer = layer
+        self._named_scope = jax.named_scope(_label(layer.spec if isinstance(layer, _TracedLoopLayer) else layer))
 
     def __enter__(self) -> None:
         self._token = _LAYER.set(self._layer)
+        self._named_scope.__enter__()
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, *exc: Any) -> None:
+        self._named_scope.__exit__(*exc)
         _LAYER.reset(self._token)
 
 
-def loop_layer(
-    stride: int = 1, offset: int = 0, *, depth: int = 0, index: Any = None, length: int | None = None
-) -> Any:
-    """The layer of the current iteration of a loop: `offset + stride * index`.
+def _label(layer: int | LoopLayer | None) -> str:
+    """The name-stack entry for a layer: "ij.layer=3", "ij.layer=none" or "ij.layer=1+2*loop"."""
+    if isinstance(layer, LoopLayer):
+        return f"ij.layer={layer.offset}+{layer.stride}*loop"
+    return f"ij.layer={'none' if layer is None else layer}"
+
+
+_LABEL = re.compile(r"ij\.layer=(none|\d+)(?:\+(\d+)\*loop)?")
+
+INHERITED: Any = object()
+"""What `layer_in` returns for a name stack without a layer scope."""
+
+
+def layer_in(name_stack: Any) -> int | LoopLayer | None:
+    """The innermost layer scope in a name stack, or `INHERITED`."""
+    found = _LABEL.findall(str(name_stack))
+    if not found:
+        return INHERITED
+    number, stride = found[-1]
+    if stride:
+        return LoopLayer(int(stride), int(number))
+    return None if number == "none" else int(number)
+
+
+def loop_layer(stride: int = 1, offset: int = 0, *, index: Any = None, length: int | None = None) -> Any:
+    """The layer of the current iteration of the loop in whose body this is called: `offset + stride * index`.
 
     Args:
         stride: Layers per iteration (2 for a scan over pairs of layers).
         offset: Layer of the first iteration.
-        depth: Number of loops between the sow and the loop over layers; 0 is the innermost loop.
         index: The loop's own (traced) index. Only `engine="python"` needs it.
         length: The loop's number of iterations. Only `engine="python"` needs it.
 
     Returns:
         A value for `layer_scope`.
     """
-    spec = LoopLayer(stride, offset, depth)
+    spec = LoopLayer(stride, offset)
     if index is None:
         return spec
     if length is None:
@@ -169,27 +200,8 @@ def sow(value: Any, *, name: str, tag: str = SITE_TAG, mode: str = "strict", key
         return listener(SownHere(name, spec, index, length), value)  # type: ignore[arg-type]
     leaves, tree = jax.tree.flatten(value)
     leaves = [leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf) for leaf in leaves]
-    outs = sow_p.bind(
-        *leaves, *jax.tree.leaves(key), tag=tag, name=name, mode=mode, layer=spec, tree=tree, batch_axes=()
-    )
+    outs = sow_p.bind(*leaves, *jax.tree.leaves(key), tag=tag, name=name, mode=mode, tree=tree, batch_axes=())
     return jax.tree.unflatten(tree, outs)
-
-
-def site_of(params: dict[str, Any], loop_indices: Sequence[int] = ()) -> Site:
-    """The site of a sow equation, given the indices of the loops around it (innermost last)."""
-    layer = params["layer"]
-    if isinstance(layer, LoopLayer):
-        if layer.depth >= len(loop_indices):
-            raise InvalidInputError(
-                four_part(
-                    f"Site {params['name']!r} lies in layer_scope(loop_layer(depth={layer.depth}))",
-                    where=f"{len(loop_indices)} loop(s)",
-                    expected="a scan over layers around the sow.",
-                    fix="use loop_layer only in the body of a scan; elsewhere layer_scope(i).",
-                )
-            )
-        layer = layer.offset + layer.stride * loop_indices[-1 - layer.depth]
-    return Site(layer, params["name"])
 
 
 def value_seen(leaves: Sequence[Any], params: dict[str, Any]) -> Any:

@@ -33,7 +33,7 @@ import jax
 
 from interp_jax.core.errors import UnsupportedModelError, four_part
 from interp_jax.core.sites import Site
-from interp_jax.transforms.jaxprs import source_line
+from interp_jax.transforms.jaxprs import site_of, source_line
 from interp_jax.transforms.running_pass.plan import (
     Chunk,
     CondStep,
@@ -46,7 +46,7 @@ from interp_jax.transforms.running_pass.plan import (
 )
 from interp_jax.transforms.running_pass.programs import Slice, is_traced, read_operand, run_chunk
 from interp_jax.transforms.running_pass.scans import step_scan
-from interp_jax.transforms.sowing import leaves_of_seen, site_of, value_seen
+from interp_jax.transforms.sowing import leaves_of_seen, value_seen
 
 KEEP: Any = object()
 """Sent to the engine to go on with a site's own value."""
@@ -108,7 +108,7 @@ def _visit(
     changed: set[int],
 ) -> Steps:
     params = step.eqn.params
-    site = site_of(params, loop_indices)
+    site = site_of(params["name"], step.scope, loop_indices)
     if site in selected:
         new = yield site, value_seen(leaves, params)
         if new is not KEEP:

@@ -31,7 +31,7 @@ from jax.sharding import Sharding
 
 from interp_jax.core.errors import UnsupportedModelError, four_part
 from interp_jax.core.sites import Site
-from interp_jax.transforms.jaxprs import any_site, inner_jaxprs, is_site, source_line
+from interp_jax.transforms.jaxprs import Scope, any_site_inside, is_site, scope_of, source_line
 from interp_jax.transforms.sowing import LoopLayer
 
 Operand: TypeAlias = "int | Literal"
@@ -110,6 +110,7 @@ class EquationStep(Step):
 class SiteStep(EquationStep):
     """A selected sow; `rules` numbers the custom-rule calls it was opened out of."""
 
+    scope: Scope
     rules: tuple[int, ...]
 
 
@@ -168,7 +169,7 @@ class Plan:
     steps: list[Step]
 
 
-CUSTOM_RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+_CUSTOM_RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 _CHECKPOINTS = {"checkpoint", "remat", "remat2"}
 _CLOSED_TO_LOOPS = {"shard_map", "pallas_call", "run_state", "custom_transpose_call", "custom_lin"}
 
@@ -188,20 +189,19 @@ def build_plan(closed: ClosedJaxpr, selected: frozenset[Site]) -> Plan:
     """
     names = {site.name for site in selected}
 
-    def wanted(params: dict[str, Any]) -> bool:
-        if isinstance(params["layer"], LoopLayer):
-            return params["name"] in names
-        return Site(params["layer"], params["name"]) in selected
+    def wanted(name: str, scope: Scope) -> bool:
+        return name in names if isinstance(scope.layer, LoopLayer) else Site(scope.layer, name) in selected
 
-    return _Builder(wanted, {}).plan(closed)
+    return _Builder(wanted, {}, 0).plan(closed, Scope())
 
 
 class _Builder:
     """Builds one plan; inner plans get builders of their own."""
 
-    def __init__(self, wanted: Callable[[dict[str, Any]], bool], shared: dict[Any, Any]):
+    def __init__(self, wanted: Callable[[str, Scope], bool], shared: dict[Any, Any], n_loops: int):
         self.wanted = wanted
         self.shared = shared
+        self.n_loops = n_loops
         self.n_slots = 0
         self.constants: dict[int, Any] = {}
         self.steps: list[Step] = []
@@ -209,15 +209,15 @@ class _Builder:
         self.rules: tuple[int, ...] = ()
         self.n_regions = 0
 
-    def plan(self, closed: ClosedJaxpr) -> Plan:
+    def plan(self, closed: ClosedJaxpr, scope: Scope) -> Plan:
         ins = self.slots(len(closed.jaxpr.invars))
-        outs = tuple(self.open(closed, ins, None))
+        outs = tuple(self.open(closed, ins, scope, None))
         self.flush()
         _settle(self.steps, outs)
         return Plan(self.n_slots, ins, outs, self.constants, self.steps)
 
-    def inner(self, closed: ClosedJaxpr) -> Plan:
-        return _Builder(self.wanted, self.shared).plan(closed)
+    def inner(self, closed: ClosedJaxpr, scope: Scope, *, loop: int) -> Plan:
+        return _Builder(self.wanted, self.shared, self.n_loops + loop).plan(closed, scope)
 
     def slots(self, n: int) -> tuple[int, ...]:
         self.n_slots += n
@@ -232,7 +232,9 @@ class _Builder:
         self.flush()
         self.steps.append(step)
 
-    def open(self, closed: ClosedJaxpr, operands: Sequence[Operand], region: Region | None) -> list[Operand]:
+    def open(
+        self, closed: ClosedJaxpr, operands: Sequence[Operand], scope: Scope, region: Region | None
+    ) -> list[Operand]:
         """Append the equations of a jaxpr; returns where its results are."""
         jaxpr = closed.jaxpr
         env: dict[Any, Operand] = dict(zip(jaxpr.invars, operands, strict=True))
@@ -245,22 +247,25 @@ class _Builder:
             return atom if isinstance(atom, Literal) else env[atom]
 
         for eqn in jaxpr.eqns:
-            results = self.equation(eqn, tuple(map(read, eqn.invars)), region)
+            results = self.equation(eqn, tuple(map(read, eqn.invars)), scope, region)
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def equation(self, eqn: JaxprEqn, ins: tuple[Operand, ...], region: Region | None) -> Sequence[Operand]:
-        if is_site(eqn) and self.wanted(eqn.params):
+    def equation(
+        self, eqn: JaxprEqn, ins: tuple[Operand, ...], outer: Scope, region: Region | None
+    ) -> Sequence[Operand]:
+        scope = scope_of(eqn, outer, self.n_loops) if is_site(eqn) else outer
+        if is_site(eqn) and self.wanted(eqn.params["name"], scope):
             outs = self.slots(len(eqn.outvars))
-            self.add(SiteStep(eqn, ins, outs, self.rules))
+            self.add(SiteStep(eqn, ins, outs, scope, self.rules))
             return outs
-        if not any(any_site(inner, self.wanted) for _, inner in inner_jaxprs(eqn)):
+        if not any_site_inside(eqn, self.wanted, outer, self.n_loops):
             outs = self.slots(len(eqn.outvars))
             self.pending.append(Operation(eqn, ins, outs, region))
             return outs
         name = eqn.primitive.name
         if name in ("scan", "while", "cond"):
-            return self.control_flow(name, eqn, ins)
+            return self.control_flow(name, eqn, ins, scope_of(eqn, outer, self.n_loops))
         if name in _CLOSED_TO_LOOPS:
             raise UnsupportedModelError(
                 four_part(
@@ -269,30 +274,32 @@ class _Builder:
                     fix=f"return the value from the {name} and sow it outside, or leave the site unselected.",
                 )
             )
-        return self.call(name, eqn, ins, region)
+        return self.call(name, eqn, ins, scope_of(eqn, outer, self.n_loops), region)
 
-    def control_flow(self, name: str, eqn: JaxprEqn, ins: tuple[Operand, ...]) -> Sequence[Operand]:
+    def control_flow(self, name: str, eqn: JaxprEqn, ins: tuple[Operand, ...], scope: Scope) -> Sequence[Operand]:
         outs = self.slots(len(eqn.outvars))
         if name == "scan":
-            self.add(ScanStep(eqn, ins, outs, self.inner(eqn.params["jaxpr"]), self.shared))
+            self.add(ScanStep(eqn, ins, outs, self.inner(eqn.params["jaxpr"], scope, loop=1), self.shared))
         elif name == "while":
-            condition, body = self.inner(eqn.params["cond_jaxpr"]), self.inner(eqn.params["body_jaxpr"])
+            condition = self.inner(eqn.params["cond_jaxpr"], scope, loop=1)
+            body = self.inner(eqn.params["body_jaxpr"], scope, loop=1)
             self.add(WhileStep(eqn, ins, outs, condition, body))
         else:
-            self.add(CondStep(eqn, ins, outs, tuple(map(self.inner, eqn.params["branches"]))))
+            branches = tuple(self.inner(branch, scope, loop=0) for branch in eqn.params["branches"])
+            self.add(CondStep(eqn, ins, outs, branches))
         return outs
 
     def call(
-        self, name: str, eqn: JaxprEqn, ins: tuple[Operand, ...], region: Region | None
+        self, name: str, eqn: JaxprEqn, ins: tuple[Operand, ...], scope: Scope, region: Region | None
     ) -> Sequence[Operand]:
         """Open a call and put its equations in its place."""
         inner = _callee(eqn)
-        if name in CUSTOM_RULES:
+        if name in _CUSTOM_RULES:
             self.flush()
             self.n_regions += 1
             number, outer_rules = self.n_regions, self.rules
             self.rules = (*outer_rules, number)
-            results = tuple(self.open(inner, ins, region))
+            results = tuple(self.open(inner, ins, scope, region))
             self.rules = outer_rules
             outs = self.slots(len(eqn.outvars))
             whole_outs = self.slots(len(eqn.outvars))
@@ -304,7 +311,7 @@ class _Builder:
             self.n_regions += 1
             region = region or Region(self.n_regions, eqn.params["policy"], eqn.params["prevent_cse"])
         ins = self.constrained(eqn, ins, "in_shardings", region)
-        return self.constrained(eqn, self.open(inner, ins, region), "out_shardings", region)
+        return self.constrained(eqn, self.open(inner, ins, scope, region), "out_shardings", region)
 
     def constrained(
         self, eqn: JaxprEqn, operands: Sequence[Operand], which: str, region: Region | None

@@ -33,8 +33,10 @@ from interp_jax.transforms.running_pass.compiled import KEEP
 from interp_jax.transforms.sowing import LISTENER, LoopLayer, SownHere
 
 _listening = jax.make_user_context(default_value=None)
-# Grows whenever a trace was made in which sows were seen, so that this trace is not reused by a later visit.
+# Grows whenever a sow is seen under a trace, so that no later visit reuses that trace.
 _generation = 0
+# Yielded to have the local context, and with it the generation, opened anew.
+_NEXT_GENERATION: Any = object()
 
 
 def run_python(
@@ -52,11 +54,18 @@ def run_python(
     Returns:
         A generator of `(site, value)` that takes `KEEP` or a new value and returns the function's result.
     """
-    return generator(_body, fn, args, kwargs, _Listener(selector, where))
+    steps = generator(_body, fn, args, kwargs, _Listener(selector, where))
+    try:
+        event = next(steps)
+        while True:
+            event = steps.send(KEEP if event is _NEXT_GENERATION else (yield event))
+    except StopIteration as stop:
+        return stop.value
+    finally:
+        steps.close()
 
 
 def _body(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], listener: _Listener) -> Any:
-    global _generation
     LISTENER.set(listener)  # Seen in this greenlet only: it has a context of its own.
     try:
         with local_context(lambda: _listening(_generation)):
@@ -71,9 +80,6 @@ def _body(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
                 fix="use engine='compiled', whose values belong to the caller, or reap_sites.",
             )
         ) from error
-    finally:
-        if listener.saw_tracers:
-            _generation += 1
     listener.require_all_matched()
     return result
 
@@ -85,12 +91,13 @@ class _Listener:
         self._parts = selector_parts(selector)
         self.where = where
         self.last: Site | None = None
-        self.saw_tracers = False
         self._reached: dict[Site, None] = {}
 
     def __call__(self, sown: SownHere, value: Any) -> Any:
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((value, sown.index))):
-            self.saw_tracers = True
+            global _generation
+            _generation += 1
+            yield_(_NEXT_GENERATION)
         if not isinstance(sown.layer, LoopLayer):
             return self._visit(Site(sown.layer, sown.name), value)
         if sown.index is None or sown.length is None:
@@ -117,13 +124,10 @@ class _Listener:
         return visit
 
     def _visit(self, site: Site, value: Any) -> Any:
-        global _generation
         self._reached[site] = None
         if not self._is_selected(site):
             return value
         self.last = site
-        if self.saw_tracers:
-            _generation += 1
         new = yield_((site, value))
         return value if new is KEEP else new
 

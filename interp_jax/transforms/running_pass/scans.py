@@ -24,10 +24,9 @@ from jax.extend.core import jaxpr_as_fun
 
 from interp_jax.core.sites import Site
 from interp_jax.transforms.compilations import counted_jit
-from interp_jax.transforms.jaxprs import evaluate
+from interp_jax.transforms.jaxprs import evaluate, site_of
 from interp_jax.transforms.running_pass.plan import Plan, ScanStep, SiteStep, inner_plans
 from interp_jax.transforms.running_pass.programs import Slice, cached, is_traced, param_key
-from interp_jax.transforms.sowing import LoopLayer, site_of
 
 
 def stretches(touched: Collection[int], length: int) -> list[tuple[int, int, bool]]:
@@ -89,10 +88,8 @@ def _is_touched(plan: Plan, indices: tuple[int, ...], selected: frozenset[Site])
     """Whether the iteration with these indices comes to a selected site."""
     for step in plan.steps:
         if isinstance(step, SiteStep):
-            layer = step.eqn.params["layer"]
-            if isinstance(layer, LoopLayer) and layer.depth >= len(indices):
-                return True
-            if site_of(step.eqn.params, indices) in selected:
+            # A site in a while loop has one more index, which is not known beforehand.
+            if len(indices) < step.scope.n_loops or site_of(step.eqn.params["name"], step.scope, indices) in selected:
                 return True
         elif isinstance(step, ScanStep):
             inner = ((*indices, i) for i in range(step.eqn.params["length"]))

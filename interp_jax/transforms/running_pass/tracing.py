@@ -22,12 +22,21 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from interp_jax.core.activations import SiteRow
-from interp_jax.transforms.jaxprs import any_site, inner_jaxprs, is_site, source_line
-from interp_jax.transforms.running_pass.plan import CUSTOM_RULES
-from interp_jax.transforms.sowing import site_of, value_seen
+from interp_jax.core.errors import InvalidInputError, four_part
+from interp_jax.transforms.jaxprs import (
+    Scope,
+    any_site_inside,
+    inner_jaxprs,
+    is_loop,
+    is_site,
+    scope_of,
+    site_of,
+    source_line,
+)
+from interp_jax.transforms.sowing import value_seen
 
 
 class Trace(NamedTuple):
@@ -83,9 +92,23 @@ def _make_jaxpr(
 
 
 def _is_static(arg: Any) -> bool:
+    """Whether an argument is a constant of the program: it has leaves, and none of them is an array or number."""
     leaves = jax.tree.leaves(arg)
-    is_dynamic = [isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float, complex)) for leaf in leaves]
-    return not any(is_dynamic) or all(isinstance(leaf, bool) for leaf in leaves)
+    numbers = (jax.Array, np.ndarray, np.generic, int, float, complex)
+    if not leaves or not all(isinstance(leaf, bool) or not isinstance(leaf, numbers) for leaf in leaves):
+        return False
+    try:
+        hash(arg)
+    except TypeError:
+        raise InvalidInputError(
+            four_part(
+                f"An argument {arg!r} without arrays in it was given, which makes it a constant, but it has no hash",
+                where="a running pass",
+                expected="arrays, numbers, pytrees of them, or hashable constants (strings, tuples, functions).",
+                fix="pass the constants one by one, or bind them with functools.partial.",
+            )
+        ) from None
+    return True
 
 
 def _jitted(fn: Callable[..., Any], static_argnums: tuple[int, ...], static_argnames: tuple[str, ...]) -> Any:
@@ -117,29 +140,29 @@ def _weak_method(method: MethodType) -> Callable[..., Any]:
 
 def sites_of(closed: ClosedJaxpr) -> list[SiteRow]:
     """The sites of a program in execution order, with what they hold. Both branches of a conditional count."""
-    return list(_sites(closed.jaxpr, ()))
+    return list(_sites(closed.jaxpr, Scope(), ()))
 
 
-def _sites(jaxpr: Jaxpr, loop_indices: tuple[int, ...]) -> Iterator[SiteRow]:
+def _sites(jaxpr: Jaxpr, outer: Scope, loop_indices: tuple[int, ...]) -> Iterator[SiteRow]:
     for eqn in jaxpr.eqns:
+        n_loops = len(loop_indices)
         if is_site(eqn):
-            params = eqn.params
-            avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
-            value = jax.eval_shape(lambda *leaves, p=params: value_seen(leaves, p), *avals)
-            yield SiteRow(site_of(params, loop_indices), value, source_line(eqn))
-            continue
-        inner = [(name, jaxpr) for name, jaxpr in inner_jaxprs(eqn) if any_site(jaxpr, lambda params: True)]
-        if not inner:
-            continue
-        if eqn.primitive.name == "scan":
-            for index in range(eqn.params["length"]):
-                yield from _sites(eqn.params["jaxpr"].jaxpr, (*loop_indices, index))
-        elif eqn.primitive.name in CUSTOM_RULES:
-            yield from _sites(inner[0][1], loop_indices)
-        else:
-            indices = (*loop_indices, 0) if eqn.primitive.name == "while" else loop_indices
-            for _, inner_jaxpr in inner:
-                yield from _sites(inner_jaxpr, indices)
+            params, scope = eqn.params, scope_of(eqn, outer, n_loops)
+            yield SiteRow(site_of(params["name"], scope, loop_indices), _form_seen(eqn), source_line(eqn))
+        elif any_site_inside(eqn, lambda name, scope: True, outer, n_loops):
+            scope = scope_of(eqn, outer, n_loops)
+            # How often a while loop runs is not known beforehand; its first iteration stands for all.
+            lengths = {"scan": eqn.params.get("length"), "while": 1}
+            indices = [(*loop_indices, i) for i in range(lengths[eqn.primitive.name])] if is_loop(eqn) else [loop_indices]
+            for index in indices:
+                for _, inner in inner_jaxprs(eqn):
+                    yield from _sites(inner, scope, index)
+
+
+def _form_seen(eqn: JaxprEqn) -> Any:
+    """Shapes and dtypes of the value a reader of this site sees."""
+    forms = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in eqn.outvars]
+    return jax.eval_shape(lambda *leaves: value_seen(leaves, eqn.params), *forms)
 
 
 class Remembered:
