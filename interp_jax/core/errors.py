@@ -78,6 +78,7 @@ def four_part(
     expected: str | None = None,
     names: Iterable[str] | None = None,
     given: str | None = None,
+    note: str | None = None,
 ) -> str:
     """The text of an error in its four parts.
 
@@ -88,6 +89,7 @@ def four_part(
         expected: What is allowed there, a sentence. Use `names` instead for a choice among names.
         names: The names that are allowed.
         given: With `names`, the name that was given: the closest one is then suggested.
+        note: With `names`, a remark in brackets after them, such as how many layers there are.
 
     Returns:
         The message.
@@ -101,6 +103,6 @@ def four_part(
     if expected is not None:
         lines.append(f"  Expected: {expected}")
     if names is not None:
-        lines.append(f"  Known: {shorten(names) or '(none)'}")
+        lines.append(f"  Known: {shorten(names) or '(none)'}" + (f" ({note})" if note else ""))
     lines.append(f"  Fix: {fix}")
     return "\n".join(lines)

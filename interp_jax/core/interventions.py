@@ -67,28 +67,23 @@ def same_form(value: Any, new: Any, *, where: str, cast: bool = False, hint: str
 
     if old_tree != new_tree:
         raise refuse(f"A new value with pytree structure {new_tree} was given", f"the structure {old_tree}.")
-    out = []
+    converted = []
     for old, leaf in zip(old_leaves, new_leaves, strict=True):
-        is_number = isinstance(leaf, (bool, int, float, complex))
         try:
-            aval = jax.typeof(leaf)
+            form = jax.typeof(leaf)
         except TypeError:
-            raise refuse(
-                f"A new value of type {type(leaf).__name__} was given", f"an array {describe(old)}."
-            ) from None
-        is_weak = is_number or getattr(aval, "weak_type", False)
-        if aval.shape != old.shape and not (is_number and old.shape == ()):
+            given = f"A new value of type {type(leaf).__name__} was given"
+            raise refuse(given, f"an array {describe(old)}.") from None
+        expected = jax.typeof(old)
+        may_cast = cast or (form.weak_type and jnp.can_cast(form.dtype, expected.dtype, "same_kind"))
+        if form.shape != expected.shape or (form.dtype != expected.dtype and not may_cast):
             raise refuse(f"A new value {describe(leaf)} was given", f"{describe(old)}.")
-        if aval.dtype != old.dtype:
-            if not (is_weak and jnp.can_cast(aval.dtype, old.dtype, "same_kind")) and not cast:
-                raise refuse(f"A new value {describe(leaf)} was given", f"{describe(old)}.")
-            leaf = jnp.asarray(leaf).astype(old.dtype)
-        out.append(leaf)
-    return jax.tree.unflatten(new_tree, out)
+        converted.append(leaf if form.dtype == expected.dtype else jnp.asarray(leaf).astype(expected.dtype))
+    return jax.tree.unflatten(new_tree, converted)
 
 
 def describe(value: Any) -> str:
-    """Shape and dtype of an array in words, for messages: "float32[1, 14, 576]"."""
+    """Shape and dtype of the array `value` in words, for messages: "float32[1, 14, 576]"."""
     aval = jax.typeof(value)
     return f"{aval.dtype.name}[{', '.join(map(str, aval.shape))}]"
 
@@ -110,32 +105,33 @@ def apply_intervention(intervention: Intervention, value: Any, *, where: str = "
     if callable(intervention):
         return same_form(value, intervention(value), where=where)
     if isinstance(intervention, Masked):
-        mask = jnp.asarray(intervention.mask)
-        replacement = jnp.asarray(intervention.value)
-        fits = _broadcasts(mask, value) and _broadcasts(replacement, value)
-        if mask.dtype != jnp.bool_ or not fits:
-            raise ShapeError(
-                four_part(
-                    f"Masked(value={describe(replacement)}, mask={describe(mask)}) was given",
-                    where=f"site {where}",
-                    expected=f"a value and a bool mask that broadcast to {describe(value)}.",
-                    fix="give value and mask shapes that broadcast to the site's.",
-                )
-            )
-        if not jnp.can_cast(replacement.dtype, value.dtype, "same_kind"):
-            raise ShapeError(
-                four_part(
-                    f"Masked(value={describe(replacement)}) was given",
-                    where=f"site {where}",
-                    expected=f"a value that casts to {value.dtype}.",
-                    fix="convert the replacement to the site's dtype.",
-                )
-            )
-        shape = value.shape
-        return jnp.where(
-            jnp.broadcast_to(mask, shape), jnp.broadcast_to(replacement.astype(value.dtype), shape), value
-        )
+        return _masked(intervention, value, where=where)
     return same_form(value, intervention, where=where)
+
+
+def _masked(intervention: Masked, value: Any, *, where: str) -> jax.Array:
+    def refuse(what: str, expected: str, fix: str) -> ShapeError:
+        return ShapeError(four_part(what, where=f"site {where}", expected=expected, fix=fix))
+
+    if not hasattr(value, "shape"):
+        raise refuse(
+            "A Masked was given for a value that is no single array",
+            "an array site.",
+            "give a function of the value that replaces what it holds.",
+        )
+    value, mask, replacement = (jnp.asarray(part) for part in (value, intervention.mask, intervention.value))
+    given = f"Masked(value={describe(replacement)}, mask={describe(mask)}) was given"
+    if mask.dtype != jnp.bool_ or not _broadcasts(mask, value) or not _broadcasts(replacement, value):
+        raise refuse(
+            given,
+            f"a value and a bool mask that broadcast to {describe(value)}.",
+            "give value and mask shapes that broadcast to the site's.",
+        )
+    if not jnp.can_cast(replacement.dtype, value.dtype, "same_kind"):
+        raise refuse(given, f"a value that casts to {value.dtype}.", "convert the replacement to the site's dtype.")
+    # Broadcast by name: the session may forbid implicit promotion of ranks and dtypes.
+    mask, replacement = jnp.broadcast_to(mask, value.shape), jnp.broadcast_to(replacement, value.shape)
+    return jnp.where(mask, replacement.astype(value.dtype), value)
 
 
 def _broadcasts(part: Any, value: Any) -> bool:

@@ -10,8 +10,9 @@ predicate on Sites, None (everything), or a collection of these (their union).
 >>> [str(site) for site in select_sites(["blocks.1.hook_resid_post", "embed"], sites)]
 ['embed', '1.resid_post']
 
-Sharp edges: a name without a layer means that name in every layer and outside the layers. Order is always that
-of the forward pass, never that of the selector. A part of a selector that matches nothing is an error.
+Sharp edges: a name without a layer means that name in every layer and outside the layers. A plain tuple
+(5, "mlp_out") is that Site, not a union. Order is always that of the forward pass, never that of the selector. A part
+of a selector that matches nothing is an error.
 
 Source: the vocabulary of this project's design page; TransformerLens for the names it calls hooks.
 """
@@ -21,6 +22,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from typing import NamedTuple, TypeAlias
 
 from interp_jax.core.errors import UnknownNameError, four_part
@@ -91,13 +93,11 @@ def matcher(selector: Selector, *, is_gated: bool = False) -> Callable[[Site], b
             return fnmatch.fnmatchcase(str(site), glob) or fnmatch.fnmatchcase(site.name, glob)
 
         return matches
-    if isinstance(selector, bool):
-        pass
-    elif isinstance(selector, int):
+    if isinstance(selector, Integral) and not isinstance(selector, bool):
         return lambda site: site.layer == selector
-    elif isinstance(selector, range):
+    if isinstance(selector, range):
         return lambda site: site.layer is not None and site.layer in selector
-    elif callable(selector):
+    if callable(selector):
         return selector
     raise UnknownNameError(
         four_part(
@@ -110,11 +110,17 @@ def matcher(selector: Selector, *, is_gated: bool = False) -> Callable[[Site], b
 
 
 def selector_parts(selector: Selector) -> list[Selector]:
-    """The non-collection selectors of which `selector` is the union."""
-    is_collection = isinstance(selector, Iterable) and not isinstance(selector, (Site, str, range))
-    if not is_collection:
+    """The non-collection selectors of which `selector` is the union.
+
+    A plain tuple (layer, name) is a Site, which is that tuple with names, and not the union of its halves.
+    """
+    if isinstance(selector, Site) or not isinstance(selector, Iterable) or isinstance(selector, (str, range)):
         return [selector]
-    return [part for inner in selector for part in selector_parts(inner)]  # type: ignore[union-attr]
+    if isinstance(selector, tuple):
+        match selector:
+            case (None | Integral() as layer, str(name)) if not isinstance(layer, bool):
+                return [Site(None if layer is None else int(layer), name)]
+    return [part for inner in selector for part in selector_parts(inner)]
 
 
 def select_sites(
@@ -147,28 +153,41 @@ def select_sites(
 
 
 def unknown_site_message(unmatched: Sequence[Selector], sites: Sequence[Site], *, where: str) -> str:
-    """The error text for selectors that match none of `sites`."""
+    """The error text for selectors that match no site.
+
+    Args:
+        unmatched: The non-collection selectors that match nothing.
+        sites: The sites there are.
+        where: Name of the public call.
+
+    Returns:
+        The message: all offenders, the nearest name, the names and layers there are.
+    """
     names = list(dict.fromkeys(site.name for site in sites))
-    layers = sorted({site.layer for site in sites if site.layer is not None})
-    first = unmatched[0]
-    given = str(first) if isinstance(first, (str, Site)) else None
-    span = f" (layers {layers[0]} to {layers[-1]})" if layers else ""
-    offenders = ", ".join(repr(str(part) if isinstance(part, Site) else part) for part in unmatched)
-    candidates = names if given is None or "." not in given else [str(site) for site in sites]
-    suggestion_from = given if given is not None else ""
-    message = four_part(
-        f"Unknown site {offenders}",
+    layers = [site.layer for site in sites if site.layer is not None]
+    misspelt = [name for name in map(_name_in, unmatched) if name and name not in names]
+    return four_part(
+        f"Unknown site{'s' * (len(unmatched) > 1)} {', '.join(map(_in_words, unmatched))}",
         where=where,
-        names=candidates if len(candidates) <= 24 else names,
-        given=suggestion_from,
+        names=names,
+        given=misspelt[0] if misspelt else None,
+        note=f"layers {min(layers)} to {max(layers)}" if layers else None,
         fix="use one of these names, or add a tag to the model's patch set.",
     )
-    head, _, tail = message.partition("\n  Known: ")
-    if "Did you mean" not in head and given is not None:
-        from interp_jax.core.errors import closest
 
-        near = closest(given.rpartition(".")[2], names)
-        if near:
-            head += f" Did you mean {near[0]!r}?"
-    known, _, fix = tail.partition("\n  Fix: ")
-    return f"{head}\n  Known: {known}{span}\n  Fix: {fix}"
+
+def _name_in(selector: Selector) -> str | None:
+    """The name a selector asks for, without its layer ("mlp_out" in "5.mlp_out"), or None if it asks for none."""
+    if isinstance(selector, Site):
+        return selector.name
+    if isinstance(selector, str):
+        return (_from_transformer_lens(selector, is_gated=False) or selector).rpartition(".")[2]
+    return None
+
+
+def _in_words(selector: Selector) -> str:
+    if isinstance(selector, Site):
+        return repr(str(selector))
+    if callable(selector):
+        return f"(predicate {getattr(selector, '__name__', type(selector).__name__)})"
+    return repr(selector)
