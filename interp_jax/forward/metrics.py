@@ -1,0 +1,94 @@
+"""Metrics: functions from logits to one number per row of the batch.
+
+Any such function will do. Those made here carry their token ids as data (`jax.tree_util.Partial`), so that a
+program compiled for one pair of answers serves every other pair.
+
+>>> logits = jnp.zeros((1, 3, 5)).at[0, -1, 2].set(4.0)
+>>> logit_difference(2, 4)(logits)
+Array([4.], dtype=float32)
+
+Sharp edges: position -1 is the last column. `tokenize` pads on the left, so that is the last token of every row.
+
+Source: Wang et al., "Interpretability in the Wild" (2211.00593), for the logit difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from interp_jax.core.errors import InvalidInputError, ShapeError, four_part
+
+Metric: TypeAlias = Callable[[Any], Any]
+
+
+def logit_difference(positive: Any, negative: Any, *, position: int = -1) -> Partial:
+    """The metric logit(positive) - logit(negative) at one position.
+
+    metric_b = logits[b, position, positive_b] - logits[b, position, negative_b]
+
+    Args:
+        positive: Id of the token whose logit counts; one for all rows, or one per row `[batch]`.
+        negative: Id of the token to compare with, likewise.
+        position: Which position's logits are read; negative counts from the end.
+
+    Returns:
+        A function from logits `[batch, pos, d_vocab]` to `[batch]`.
+
+    Raises:
+        InvalidInputError: An id is not a non-negative integer, or has the wrong number of axes.
+
+    Source: Wang et al. 2211.00593, section 3.
+    """
+    ids = [np.asarray(part) for part in (positive, negative)]
+    if any(part.ndim > 1 or part.dtype.kind not in "iu" or (part < 0).any() for part in ids):
+        raise InvalidInputError(
+            four_part(
+                f"positive={positive!r}, negative={negative!r} was given",
+                where="logit_difference",
+                expected="token ids, integers from 0: one for all rows, or one per row.",
+                fix='take the ids from lm.tokenize(" Mary"), not the text itself.',
+            )
+        )
+    as_data = [jnp.asarray(part, jnp.int32) for part in (*ids, position)]
+    return Partial(_difference, *as_data)
+
+
+def _difference(positive: Any, negative: Any, position: Any, logits: Any) -> jax.Array:
+    at_position = logits[:, position].astype(jnp.float32)
+    rows = jnp.arange(at_position.shape[0])
+    batch = at_position.shape[:1]
+    return at_position[rows, jnp.broadcast_to(positive, batch)] - at_position[rows, jnp.broadcast_to(negative, batch)]
+
+
+def check_metric_value(value: Any, *, batch: int, where: str) -> Any:
+    """The metric's value, once it is known to be one float per row of the batch.
+
+    Args:
+        value: What the metric returned.
+        batch: Rows of the batch.
+        where: The public call, for the error message.
+
+    Returns:
+        The value.
+
+    Raises:
+        ShapeError: It is not a float array `[batch]`.
+    """
+    form = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if form[0] != (batch,) or form[1] is None or not jnp.issubdtype(form[1], jnp.floating):
+        given = type(value).__name__ if None in form else f"{form[1]}{list(form[0])}"
+        raise ShapeError(
+            four_part(
+                f"The metric returned {given}",
+                where=where,
+                expected=f"one float per row of the batch, float[{batch}].",
+                fix="let the metric reduce logits [batch, pos, d_vocab] to [batch], for example logits[:, -1, token].",
+            )
+        )
+    return value
