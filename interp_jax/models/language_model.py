@@ -44,15 +44,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from interp_jax.core.activations import Activations, SiteTable
-from interp_jax.core.errors import InvalidInputError, ShapeError, UnknownNameError, UnsupportedModelError, four_part
+from interp_jax.core.errors import InvalidInputError, UnknownNameError, UnsupportedModelError, four_part
 from interp_jax.core.interventions import Intervention, apply_intervention
 from interp_jax.core.sites import Selector, Site, select_sites
+from interp_jax.models.tokens import check_tokens, is_text
 from interp_jax.models.upstream import PAD, ModelConfig, Upstream
 from interp_jax.transforms import running_pass
 from interp_jax.transforms.compilations import counted_jit
 
 if TYPE_CHECKING:
-    from interp_jax.models.contracts import CheckReport
+    from interp_jax.models.check import CheckReport
     from interp_jax.models.generate import Generation
     from interp_jax.models.tokenizers import Tokenizer
 
@@ -241,7 +242,7 @@ class LanguageModel:
         """
         from interp_jax.models import generate
 
-        tokens = self.tokenize(prompt) if _is_text(prompt) else self.check_tokens(prompt, where="generate")
+        tokens = self.tokenize(prompt) if is_text(prompt) else self.check_tokens(prompt, where="generate")
         eos_id = self.tokenizer.eos_id if stop_at_eos and self.tokenizer is not None else None
         generation = generate.generate(
             self.upstream,
@@ -271,10 +272,10 @@ class LanguageModel:
         Returns:
             The contracts with their outcomes; prints as a table.
         """
-        from interp_jax.models import contracts
+        from interp_jax.models.check import check_model
 
         tokens = None if tokens is None else self.check_tokens(tokens, where="check")
-        return contracts.check_model(self.upstream, self.params, self.config, tokens, name=self._label)
+        return check_model(self.upstream, self.params, self.config, tokens, name=self._label)
 
     def ln_final(self, residual: Any) -> jax.Array:
         """The norm before the unembedding, on any `[..., d_model]` of rank 3: upstream's own code."""
@@ -378,12 +379,12 @@ class LanguageModel:
         tokenizer = self._tokenizer()
         if isinstance(text, str):
             return tokenizer.strings(tokenizer.encode(text))
-        if _is_text(text):
+        if is_text(text):
             return [tokenizer.strings(tokenizer.encode(one)) for one in text]
         return _map_rows(tokenizer.strings, text)
 
     def check_tokens(self, tokens: Any, *, where: str = "") -> Any:
-        """The tokens as int32, once they are known to fit this model; see `check_tokens` of this module."""
+        """The tokens as int32, once they are known to fit this model; see `interp_jax.models.tokens`."""
         place = f"{self._label}.{where}" if where else self._label
         if self.config is None:
             return check_tokens(tokens, where=place)
@@ -468,123 +469,6 @@ def _compiled(upstream: Upstream) -> Callable[..., Any]:
 @lru_cache(maxsize=64)
 def _compiled_part(upstream: Upstream, part: str) -> Callable[..., Any]:
     return counted_jit(getattr(upstream, part), name=f"{upstream.name}.{part}")
-
-
-def check_tokens(
-    tokens: Any, *, d_vocab: int | None = None, n_ctx: int | None = None, where: str = "check_tokens"
-) -> Any:
-    """Tokens as int32, once they are known to be tokens.
-
-    Args:
-        tokens: Token ids, `[batch, pos]`, or a list of equally long lists of them.
-        d_vocab: Size of the vocabulary, if known.
-        n_ctx: Most tokens the model can read, if known.
-        where: Name of the call, for error messages.
-
-    Returns:
-        The tokens: a NumPy array, or a JAX array if that is what was given.
-
-    Raises:
-        InvalidInputError: Text, an empty prompt, ids outside the vocabulary, or more tokens than the model can read.
-        ShapeError: Not integers, or not of shape `[batch, pos]`.
-    """
-    if _is_text(tokens):
-        raise InvalidInputError(
-            four_part(
-                f"Text was given: {tokens!r:.60}",
-                where=where,
-                expected="token ids, integers [batch, pos].",
-                fix="tokenize it first: lm.tokenize(text).",
-            )
-        )
-    array = tokens if isinstance(tokens, jax.Array) else _as_array(tokens, where)
-    if array.dtype == bool or not jnp.issubdtype(array.dtype, jnp.integer):
-        raise ShapeError(
-            four_part(
-                f"Tokens of dtype {array.dtype} were given",
-                where=where,
-                expected="integers [batch, pos].",
-                fix="give token ids, as lm.tokenize returns them.",
-            )
-        )
-    if array.ndim != 2:
-        raise ShapeError(
-            four_part(
-                f"Tokens of shape {list(array.shape)} were given",
-                where=where,
-                expected="two axes, [batch, pos].",
-                fix="for one row write tokens[None]." if array.ndim == 1 else "give one row of ids per prompt.",
-            )
-        )
-    if 0 in array.shape:
-        raise InvalidInputError(
-            four_part(
-                f"An empty prompt (tokens of shape {list(array.shape)}) was given",
-                where=where,
-                expected="at least one row and one position.",
-                fix="give a text of at least one token.",
-            )
-        )
-    if n_ctx is not None and array.shape[1] > n_ctx:
-        raise InvalidInputError(
-            four_part(
-                f"{array.shape[1]} tokens a row were given",
-                where=where,
-                expected=f"at most n_ctx = {n_ctx}.",
-                fix="shorten or split the text.",
-            )
-        )
-    if not isinstance(array, jax.core.Tracer):
-        _check_ids(np.asarray(array), d_vocab, where)
-    return array.astype(np.int32)
-
-
-def _check_ids(tokens: np.ndarray, d_vocab: int | None, where: str) -> None:
-    outside = tokens < PAD if d_vocab is None else (tokens < PAD) | (tokens >= d_vocab)
-    if outside.any():
-        offenders = sorted({int(token) for token in tokens[outside]})
-        shown = ", ".join(map(str, offenders[:5])) + (f", ... ({len(offenders)} in all)" if len(offenders) > 5 else "")
-        row, position = (int(index) for index in np.argwhere(outside)[0])
-        top = "" if d_vocab is None else f" to {d_vocab - 1}"
-        raise InvalidInputError(
-            four_part(
-                f"Token ids {shown} were given, the first at row {row}, position {position}",
-                where=where,
-                expected=f"ids from 0{top}, or {PAD} for padding.",
-                fix="use this model's own tokenizer: lm.tokenize(text).",
-            )
-        )
-    empty = np.flatnonzero((tokens == PAD).all(axis=1))
-    if empty.size:
-        raise InvalidInputError(
-            four_part(
-                f"An empty prompt (row {int(empty[0])} is all padding) was given",
-                where=where,
-                expected="at least one token in every row.",
-                fix="leave empty rows out.",
-            )
-        )
-
-
-def _as_array(tokens: Any, where: str) -> np.ndarray:
-    try:
-        return np.asarray(tokens)
-    except ValueError:
-        raise ShapeError(
-            four_part(
-                "Rows of different lengths were given",
-                where=where,
-                expected="integers [batch, pos].",
-                fix=f"pad shorter rows on the left with {PAD}, as lm.tokenize(list_of_texts) does.",
-            )
-        ) from None
-
-
-def _is_text(value: Any) -> bool:
-    """Whether a value is a text or a list of texts."""
-    return isinstance(value, str) or (
-        isinstance(value, Sequence) and len(value) > 0 and all(isinstance(one, str) for one in value)
-    )
 
 
 def _map_rows(function: Callable[[list[int]], Any], tokens: Any) -> Any:
