@@ -41,7 +41,7 @@ class Module:
     @property
     def folder(self) -> str:
         """Where the module lives: "core", "models", ..., "cli" for a file beside them, "" for the front door."""
-        return (self.name.split(".") + [""])[1]
+        return [*self.name.split("."), ""][1]
 
     def __str__(self) -> str:
         return self.name
@@ -51,9 +51,7 @@ def modules() -> list[Module]:
     """Every module that is installed, sorted by name."""
     found = [Module(_dotted(path, ROOT), path) for path in sorted((ROOT / "interp_jax").rglob("*.py"))]
     for folder in MAPPED:
-        found += [
-            Module("interp_jax." + _dotted(path, ROOT), path) for path in sorted((ROOT / folder).rglob("*.py"))
-        ]
+        found += [Module("interp_jax." + _dotted(path, ROOT), path) for path in sorted((ROOT / folder).rglob("*.py"))]
     return found
 
 

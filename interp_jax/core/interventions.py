@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from interp_jax.core.errors import ShapeError, four_part
 
@@ -37,7 +38,7 @@ class Masked:
 
 jax.tree_util.register_dataclass(Masked, data_fields=["value", "mask"], meta_fields=[])
 
-Intervention: TypeAlias = "jax.Array | Masked | Callable[[Any], Any]"
+Intervention: TypeAlias = "jax.Array | np.ndarray | Masked | Callable[[Any], Any]"
 
 
 def same_form(value: Any, new: Any, *, where: str, cast: bool = False, hint: str = "") -> Any:
