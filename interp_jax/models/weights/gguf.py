@@ -82,6 +82,15 @@ def read_checkpoint(path: Path, *, source: str | None = None) -> Checkpoint:
     tensors = {}
     for name, entry in file.entries.items():
         n_heads = next((n for part, n in heads.items() if f".{part}." in name), None)
+        if n_heads is not None and (n_heads < 1 or entry.shape[0] % (2 * n_heads)):
+            raise LoadError(
+                four_part(
+                    f"Tensor {name!r} of shape {entry.shape} for {n_heads} heads",
+                    where=source,
+                    expected="an even number of rows per head, as a rotary embedding needs.",
+                    fix="download the file again, or convert the model again.",
+                )
+            )
         tensors[_hugging_face_name(name)] = LazyTensor(entry.shape, np.dtype(np.float32), _reader(file, name, n_heads))
     tokenizer = tokenizer_rules.from_gguf_metadata(file.metadata, source=source)
     return Checkpoint("llama", config, Tensors(tensors), tokenizer, source)
@@ -173,7 +182,9 @@ def _llama_header(file: GgufFile, source: str) -> dict[str, Any]:
         f"{prefix}{key}={value!r:.60}"
         for key, value in header.items()
         # A list is one value per layer; a zero (no experts) says that there is none of it.
-        if isinstance(value, list) or (key not in understood and not key.startswith(_SCALING) and value)
+        if isinstance(value, list)
+        or (key in understood and (isinstance(value, str | bool)))
+        or (key not in understood and not key.startswith(_SCALING) and value)
     ]
     if unknown:
         raise UnsupportedModelError(

@@ -240,6 +240,8 @@ def _parsed(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
         shape = tuple(cursor.unsigned() for _ in range(cursor.unsigned(4)))[::-1]
         rows.append((name, shape, cursor.unsigned(4), cursor.unsigned()))
     alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise _DamageError(f"its alignment is {alignment!r:.60}")
     first = -(-cursor.position // alignment) * alignment
     entries = {}
     for name, shape, kind_number, offset in rows:
