@@ -80,9 +80,9 @@ def check_metric_value(value: Any, *, batch: int, where: str) -> Any:
     Raises:
         ShapeError: It is not a float array `[batch]`.
     """
-    form = getattr(value, "shape", None), getattr(value, "dtype", None)
-    if form[0] != (batch,) or form[1] is None or not jnp.issubdtype(form[1], jnp.floating):
-        given = type(value).__name__ if None in form else f"{form[1]}{list(form[0])}"
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if shape != (batch,) or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        given = type(value).__name__ if shape is None or dtype is None else f"{dtype}{list(shape)}"
         raise ShapeError(
             four_part(
                 f"The metric returned {given}",

@@ -16,8 +16,8 @@ Scale one site by ten factors: `{"5.mlp_out": scaled(np.linspace(0, 2, 10))}`. A
 Array([2., 2., 2.], dtype=float32)
 
 Sharp edges: arrays in the table have the row as their first axis; numbers without axes are shared by all rows. The
-metric and functions in the table are traced, so they must be JAX code. The last step is filled up with copies of
-the last row, so that all steps have one shape.
+metric and functions in the table are traced, so they must be JAX code, and a function made anew (a lambda) is compiled
+anew. The last step is filled up with copies of the last row, so that all steps have one shape.
 
 Source: interp_jax.
 """
@@ -104,19 +104,22 @@ def sweep(
     elif rows_per_step < 1:
         raise _refuse(f"rows_per_step={rows_per_step} was given", "a positive number.", "choose 1 or more.")
     metric = metric if isinstance(metric, Partial) else Partial(metric)
-    tokens = np.asarray(tokens, np.int32)
+    tokens = np.asarray(lm.check_tokens(tokens, where="sweep"))
 
+    sites, interventions = tuple(by_site), tuple(by_site.values())
     values = np.empty((n_rows, len(tokens)), np.float32)
     with tqdm(total=n_rows, desc="sweep", unit="row", disable=None if progress else True, leave=False) as bar:
         for start in range(0, n_rows, rows_per_step):
-            picked = np.minimum(np.arange(start, start + rows_per_step), n_rows - 1)
-            step = jax.tree.map(lambda leaf, picked=picked: leaf[picked] if np.ndim(leaf) else leaf, by_site)
-            n_new = min(rows_per_step, n_rows - start)
-            values[start : start + n_new] = _run_rows(
-                lm.forward, tuple(step), lm.params, tokens, tuple(step.values()), metric
-            )[:n_new]
-            bar.update(n_new)
+            step = _pick(interventions, np.minimum(np.arange(start, start + rows_per_step), n_rows - 1))
+            new = np.asarray(_run_rows(lm.forward, sites, lm.params, tokens, step, metric))[: n_rows - start]
+            values[start : start + len(new)] = new
+            bar.update(len(new))
     return values
+
+
+def _pick(interventions: Any, rows: np.ndarray) -> Any:
+    """Some rows of a table."""
+    return jax.tree.map(lambda leaf: leaf[rows] if np.ndim(leaf) else leaf, interventions)
 
 
 def _rows_of(

@@ -39,7 +39,6 @@ from interp_jax.transforms.compilations import counted_jit
 
 if TYPE_CHECKING:
     from interp_jax.models.language_model import LanguageModel
-    from interp_jax.models.upstream import Upstream
 
 DEFAULT_VIEWS: Selector = ("0.resid_pre", "*.resid_post")
 NORMS = ("final", "unit", "none")
@@ -113,10 +112,11 @@ jax.tree_util.register_dataclass(
 class _Decoder(NamedTuple):
     """What turns a residual stream into logits, apart from the parameters; hashable."""
 
-    upstream: Upstream
     norm: str
-    norm_kind: str = ""
-    norm_eps: float = 0.0
+    unembed: Any
+    ln_final: Any = None
+    kind: str = ""
+    eps: float = 0.0
 
 
 def kl_divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
@@ -193,7 +193,7 @@ def logit_lens(
     """
     _check_choice("norm", norm, NORMS)
     _check_choice("ties", ties, TIES)
-    _check_decodable(lm, norm)
+    decoder = _decoder(lm, norm)
     tokens = lm.check_tokens(tokens, where="logit_lens")
     residuals: dict[Site, Any] = {}
     for layer, name, value in (running_pass := lm.run(tokens, sites=views)):
@@ -211,8 +211,6 @@ def logit_lens(
         )
     tokens = np.asarray(tokens)
     ids, is_defined, target_name = _target(target, tokens, logits.shape[-1])
-    kind = {} if lm.config is None else {"norm_kind": lm.config.norm, "norm_eps": lm.config.norm_eps}
-    decoder = _Decoder(lm.upstream, norm, **kind)
     statistics = _statistics(decoder, lm.params, tuple(residuals.values()), logits, ids, top_k=top_k, ties=ties)
     return LogitLensResult(
         tokens=tokens,
@@ -237,7 +235,7 @@ def _check_choice(name: str, given: Any, allowed: tuple[str, ...]) -> None:
         )
 
 
-def _check_decodable(lm: LanguageModel, norm: str) -> None:
+def _decoder(lm: LanguageModel, norm: str) -> _Decoder:
     parts = {"final": ("ln_final", "unembed"), "unit": ("config", "unembed"), "none": ("unembed",)}[norm]
     missing = [part for part in parts if getattr(lm if part == "config" else lm.upstream, part) is None]
     if missing:
@@ -249,6 +247,8 @@ def _check_decodable(lm: LanguageModel, norm: str) -> None:
                 fix="give them when making the LanguageModel (config to it, the functions to its Upstream).",
             )
         )
+    shape = {} if lm.config is None else {"kind": lm.config.norm, "eps": lm.config.norm_eps}
+    return _Decoder(norm, lm.upstream.unembed, lm.upstream.ln_final, **shape)
 
 
 def _check_views(residuals: Mapping[Site, Any], logits_shape: tuple[int, ...], *, d_model: int | None) -> None:
@@ -310,16 +310,15 @@ def _target(target: Any, tokens: np.ndarray, d_vocab: int) -> tuple[np.ndarray |
 
 def _decode(decoder: _Decoder, params: Any, residual: Any) -> jax.Array:
     """Logits of a residual stream; with norm="final", by the model's own code alone."""
-    upstream = decoder.upstream
     if decoder.norm == "final":
-        residual = upstream.ln_final(params, residual)
+        residual = decoder.ln_final(params, residual)
     elif decoder.norm == "unit":
         wide = residual.astype(jnp.float32)
-        if decoder.norm_kind == "layernorm":
+        if decoder.kind == "layernorm":
             wide = wide - wide.mean(-1, keepdims=True)
-        scale = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + decoder.norm_eps)
+        scale = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + decoder.eps)
         residual = (wide * scale).astype(residual.dtype)
-    return upstream.unembed(params, residual)
+    return decoder.unembed(params, residual)
 
 
 def _statistics_of_views(
