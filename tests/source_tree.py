@@ -60,6 +60,9 @@ def _dotted(path: Path, root: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+MODULES = {module.name: module for module in modules()}
+
+
 def tracked_files() -> list[Path]:
     """The files that belong to the repository: tracked, or new and not ignored."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.source_tree import MAPPED, Module, modules
+from tests.source_tree import MAPPED, MODULES, Module
 
 # A module imports from lower floors and from its own folder; folders on one floor do not import each other.
 FLOORS = {
@@ -29,8 +29,6 @@ FLOORS = {
 }
 # Their members are leaves: none imports another.
 LEAVES = ("methods", "experiments")
-
-MODULES = {module.name: module for module in modules()}
 
 
 def imports(module: Module, known: dict[str, Module]) -> Iterator[tuple[str, int]]:
