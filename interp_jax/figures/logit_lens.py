@@ -27,7 +27,7 @@ import numpy as np
 from interp_jax.core.errors import InvalidInputError, four_part
 from interp_jax.figures.lens_page import BODY, SCRIPT, STYLE
 from interp_jax.figures.page import escape, html_page
-from interp_jax.figures.plotting import drawable, drawing
+from interp_jax.figures.plotting import INK, QUIET, drawable, drawing
 from interp_jax.figures.token_text import shorten_text, token_texts
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ TARGET_WORDS = {
 }
 # Light to dark in one hue, even steps in lightness.
 _SHADES = ("#f3f7fb", "#cfe1f2", "#8fbde3", "#3f86cc", "#1b5ba3", "#0a2f62")
-_INK, _QUIET = "#17202b", "#5c6b7c"
 
 
 class LensCells(NamedTuple):
@@ -137,12 +136,12 @@ def lens_figure(
         shades = _draw_cells(axes, cells, first)
         _draw_labels(axes, cells, first)
         figure.text(
-            left, 1 - 0.36 / height, drawable(heading), fontsize=13, fontweight="bold", color=_INK, parse_math=False
+            left, 1 - 0.36 / height, drawable(heading), fontsize=13, fontweight="bold", color=INK, parse_math=False
         )
-        figure.text(left, 1 - 0.64 / height, caption, fontsize=9, color=_QUIET)
+        figure.text(left, 1 - 0.64 / height, caption, fontsize=9, color=QUIET)
         bar = figure.add_axes((right + 0.2 / width, bottom, 0.14 / width, top - bottom))
-        figure.colorbar(shades, cax=bar).set_label("probability of the token shown", fontsize=8.5, color=_QUIET)
-        bar.tick_params(labelsize=8, length=2, colors=_QUIET)
+        figure.colorbar(shades, cax=bar).set_label("probability of the token shown", fontsize=8.5, color=QUIET)
+        bar.tick_params(labelsize=8, length=2, colors=QUIET)
         bar.spines[:].set_visible(False)
     return figure
 
@@ -162,7 +161,7 @@ def _draw_cells(axes: Axes, cells: LensCells, first: int) -> QuadMesh:
             ha="center",
             va="center",
             fontsize=8.5,
-            color="white" if probability > 0.55 else _INK,
+            color="white" if probability > 0.55 else INK,
             fontweight="bold" if cells.values["agrees"][view, first + pos] else "normal",
             parse_math=False,
         )
@@ -171,9 +170,9 @@ def _draw_cells(axes: Axes, cells: LensCells, first: int) -> QuadMesh:
 
 def _draw_labels(axes: Axes, cells: LensCells, first: int) -> None:
     """Views on the left; input tokens and their positions below."""
-    axes.set_yticks(np.arange(len(cells.labels)) + 0.5, cells.labels, fontsize=8, color=_INK)
+    axes.set_yticks(np.arange(len(cells.labels)) + 0.5, cells.labels, fontsize=8, color=INK)
     inputs = [drawable(shorten_text(text, 11)) for text in cells.inputs[first:]]
-    axes.set_xticks(np.arange(len(inputs)) + 0.5, inputs, fontsize=8.5, fontweight="bold", color=_INK, parse_math=False)
+    axes.set_xticks(np.arange(len(inputs)) + 0.5, inputs, fontsize=8.5, fontweight="bold", color=INK, parse_math=False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     for column in range(len(inputs)):
@@ -186,9 +185,9 @@ def _draw_labels(axes: Axes, cells: LensCells, first: int) -> None:
             ha="center",
             va="center",
             fontsize=7,
-            color=_QUIET,
+            color=QUIET,
         )
-    axes.set_xlabel("input token and its position", fontsize=8.5, color=_QUIET, labelpad=22)
+    axes.set_xlabel("input token and its position", fontsize=8.5, color=QUIET, labelpad=22)
 
 
 def lens_page(

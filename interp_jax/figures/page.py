@@ -55,7 +55,7 @@ def html_page(title: str, *, body: str, style: str = "", script: str = "", data:
         title: Title of the window; escaped here.
         body: Markup of the body.
         style: CSS after the frame's own.
-        script: JavaScript, run after the body is there; it finds the data in `DATA`.
+        script: JavaScript, run after the body is there, in a block of its own; it finds the data in `DATA`.
         data: Anything JSON can hold.
 
     Returns:
@@ -72,5 +72,5 @@ def html_page(title: str, *, body: str, style: str = "", script: str = "", data:
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
         f"<style>{_STYLE}{style}</style>\n</head>\n<body>\n{body}\n"
-        f'<script>"use strict";\nconst DATA = {embedded};\n{script}</script>\n</body>\n</html>\n'
+        f'<script>"use strict";\nconst DATA = {embedded};\n{{\n{script}}}</script>\n</body>\n</html>\n'
     )

@@ -19,6 +19,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+INK, QUIET, LINE = "#17202b", "#5c6b7c", "#dde3ea"
+# Told apart by eyes that do not tell red from green, too.
+SERIES = ("#1d6fc0", "#d9771a", "#6b4fa0", "#4b5a68")
+
 # Asked for in this order, those that are there; the first comes with matplotlib.
 _FONTS = (
     "DejaVu Sans",
