@@ -2,7 +2,7 @@
 
 Besides the contracts of `interp_jax.models.contracts` it proves that nobody is disturbed by the tags: the program
 with tags lowers to the same StableHLO as the one without, a pass that puts every value back gives the same result
-bit for bit, and a change of a site does reach the result.
+bit for bit, a pass gives what the compiled function gives, and a change of a site does reach the result.
 
 >>> import jax.numpy as jnp
 >>> from interp_jax.transforms.sowing import layer_scope, sow
@@ -159,6 +159,7 @@ def check(
         outcomes = [
             _unheard(fn, untagged, args, patch_set),
             _nothing_changes(fn, args, result),
+            _as_compiled(fn, args, result),
             _everything_counts(fn, args, values, result, where),
             _shapes(evidence, where),
             *(_judge(contract, evidence, where) for contract in CONTRACTS),
@@ -297,6 +298,19 @@ def _nothing_changes(fn: Callable[..., Any], args: tuple[Any, ...], result: Any)
     if n_different:
         return Outcome(contract, False, f"{n_different} numbers of the result differ")
     return Outcome(contract, True, f"{sum(np.size(leaf) for leaf in jax.tree.leaves(result)):,} numbers equal")
+
+
+def _as_compiled(fn: Callable[..., Any], args: tuple[Any, ...], result: Any) -> Outcome:
+    """Whether a pass in pieces gives what one compiled program gives, up to rounding in other orders."""
+    contract = "a pass gives what the compiled function gives"
+    errors = [0.0]
+    for one, other in zip(jax.tree.leaves(result), jax.tree.leaves(jax.jit(fn)(*args)), strict=True):
+        a, b = np.asarray(one, np.float64), np.asarray(other, np.float64)
+        errors.append(float(np.nanmax(np.abs(a - b), initial=0.0) / max(np.nanmax(np.abs(b), initial=0.0), 1e-30)))
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(result) if jax.numpy.issubdtype(leaf.dtype, np.inexact)}
+    allowed = max([1e-4, *(8 * float(jax.numpy.finfo(dtype).eps) for dtype in dtypes)])
+    detail = f"relative difference {max(errors):.3g}, {allowed:.3g} allowed"
+    return Outcome(contract, max(errors) <= allowed, detail)
 
 
 def _everything_counts(

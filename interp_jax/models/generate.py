@@ -1,7 +1,7 @@
 """Generation: tokens one after another, with a key-value cache, sampling, and sites changed along the way.
 
-Two programs are compiled: one reads the prompts, one is a single step, whatever the number of steps. What a sweep
-varies (temperature, top-p, values and masks of interventions, the key) are arguments of both.
+Each step is a pass cut where layers begin (`interp_jax.models.passes`): a layer is compiled once for reading the
+prompts and once for one token, whatever the number of layers, steps and interventions.
 
 Interventions see positions as the columns of the finished text, padding and prompt included. An array or mask
 whose position axis has length 1 (or that lacks the axis) acts at every position; one as long as the prompt acts
@@ -26,9 +26,9 @@ Source: Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020, f
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ from jax import lax
 from interp_jax.core.errors import InvalidInputError, ShapeError, UnsupportedModelError, four_part
 from interp_jax.core.interventions import Intervention, Masked, apply_intervention, describe
 from interp_jax.core.sites import Site, select_sites
+from interp_jax.models import passes
 from interp_jax.models.upstream import PAD, Upstream
 from interp_jax.transforms import running_pass
 from interp_jax.transforms.compilations import counted_jit
@@ -142,10 +143,8 @@ def generate(
     room = total if n_ctx is None else min(room, n_ctx)
     edits = _edits(upstream, params, interventions or {}, (batch, n_prompt, total, room))
     sampler = Sampler(settings.temperature == 0, settings.top_k, settings.top_p is not None)
-    key = jax.random.key(key) if isinstance(key, (int, np.integer)) else key
     knobs = {"temperature": np.float32(settings.temperature), "top_p": np.float32(settings.top_p or 1.0)}
-    values = tuple(edit.masked for edit in edits)
-    static = {"edits": tuple(edit._replace(masked=None) for edit in edits), "at": settings.at, "sampler": sampler}
+    key = jax.random.key(key) if isinstance(key, (int, np.integer)) else key
 
     buffer = np.full((batch, room), PAD, np.int32)
     buffer[:, :n_prompt] = tokens
@@ -155,14 +154,20 @@ def generate(
         if upstream.step is None or upstream.init_cache is None:
             raise _no_cache(upstream)
         cache = upstream.init_cache(batch, room)
+        sites = running_pass.list_sites(upstream.step, params, cache, buffer[:, :n_prompt]).sites
+    else:
+        sites = running_pass.list_sites(upstream.forward, params, buffer).sites
+    borders = passes.layer_borders(sites)
     for n_new in range(settings.max_new_tokens):
         end = n_prompt + n_new
-        place = {"n_prompt": np.int32(n_prompt), "n_new": np.int32(n_new)}
+        start = end - 1 if settings.use_cache and n_new > 0 else 0
+        at_hand = _at_columns(edits, start, n_prompt, settings.at)
         if settings.use_cache:
-            piece = buffer[:, :n_prompt] if n_new == 0 else buffer[:, end - 1 : end]
-            chosen, log_prob, cache = _cached_step(upstream, params, cache, piece, values, key, knobs, place, **static)
+            piece = buffer[:, start:end]
+            logits, cache = passes.edit(upstream.step, (params, cache, piece), at_hand, borders=borders)
         else:
-            chosen, log_prob = _whole_step(upstream, params, buffer, values, key, knobs, place, **static)
+            logits = passes.edit(upstream.forward, (params, buffer), at_hand, borders=borders)
+        chosen, log_prob = _choose(logits, np.int32(end - 1 - start), key, np.int32(n_new), knobs, sampler=sampler)
         buffer[:, end] = np.where(running, np.asarray(chosen), PAD)
         log_probs[:, n_new] = np.where(running, np.asarray(log_prob), 0.0)
         running &= buffer[:, end] != (PAD if settings.eos_id is None else settings.eos_id)
@@ -212,102 +217,66 @@ def sample(logits: jax.Array, keys: jax.Array, sampler: Sampler, *, temperature:
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
-class Edit(NamedTuple):
-    """An intervention on some sites, brought to one of two forms.
-
-    `masked` has values and masks for every column there is room for; or `function` maps the value at hand.
-    """
-
-    sites: tuple[Site, ...]
-    function: Callable[[Any], Any] | None
-    masked: Masked | None
-
-
-def _run_cached(
-    upstream: Upstream,
-    params: Any,
-    cache: Any,
-    tokens: Any,
-    values: Any,
-    key: Any,
-    knobs: Any,
-    place: Any,
-    *,
-    edits: Any,
-    at: Any,
-    sampler: Any,
-) -> Any:
-    window = (cache.length, tokens.shape[1], place["n_prompt"])
-    logits, cache = _edited(upstream.step, (params, cache, tokens), edits, values, at, window)
-    return *_choose(logits[:, -1], key, knobs, place, sampler), cache
-
-
-def _run_whole(
-    upstream: Upstream,
-    params: Any,
-    tokens: Any,
-    values: Any,
-    key: Any,
-    knobs: Any,
-    place: Any,
-    *,
-    edits: Any,
-    at: Any,
-    sampler: Any,
-) -> Any:
-    window = (jnp.int32(0), tokens.shape[1], place["n_prompt"])
-    logits = _edited(upstream.forward, (params, tokens), edits, values, at, window)
-    last = lax.dynamic_index_in_dim(logits, place["n_prompt"] + place["n_new"] - 1, axis=1, keepdims=False)
-    return _choose(last, key, knobs, place, sampler)
-
-
-_cached_step = counted_jit(
-    _run_cached, name="generation step", static_argnums=0, static_argnames=("edits", "at", "sampler")
-)
-_whole_step = counted_jit(
-    _run_whole, name="generation step without a cache", static_argnums=0, static_argnames=("edits", "at", "sampler")
-)
-
-
-def _choose(logits: Any, key: Any, knobs: Any, place: Any, sampler: Sampler) -> tuple[Any, Any]:
-    """The next token of each row, and its log probability under the model."""
+def _choose_tokens(
+    logits: jax.Array, last: Any, key: Any, n_new: Any, knobs: dict[str, Any], *, sampler: Sampler
+) -> tuple[jax.Array, jax.Array]:
+    """The next token of each row, from the logits at position `last`, and its log probability under the model."""
+    logits = lax.dynamic_index_in_dim(logits, last, axis=1, keepdims=False)
     rows = jnp.arange(logits.shape[0])
-    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), place["n_new"]))(rows)
+    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), n_new))(rows)
     chosen = sample(logits, keys, sampler, **knobs)
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     return chosen, jnp.take_along_axis(log_p, chosen[:, None], axis=-1)[:, 0]
 
 
-def _edited(fn: Any, args: Any, edits: tuple[Edit, ...], values: tuple[Any, ...], at: str, window: Any) -> Any:
-    """`fn(*args)` with its sites edited; `window` is the first column at hand, their number, and the prompt's."""
-    if not edits:
-        return fn(*args)
-    sites = list(dict.fromkeys(site for edit in edits for site in edit.sites))
-    with running_pass.run(fn, *args, sites=sites) as steps:
-        for layer, name, value in steps:
-            for edit, masked in zip(edits, values, strict=True):
-                if Site(layer, name) in edit.sites:
-                    value = _edit_value(edit, masked, Site(layer, name), value, at, window)
-            steps.modified_value = value
-    return steps.retval
+_choose = counted_jit(_choose_tokens, name="choice of the next token", static_argnames="sampler")
+
+# An intervention in the form generation uses: a function, or value and mask for every column there is room for.
+_Edit: TypeAlias = "Callable[[Any], Any] | Masked"
 
 
-def _edit_value(edit: Edit, masked: Any, site: Site, value: Any, at: str, window: Any) -> Any:
-    start, width, n_prompt = window
-    axis = _position_axis(site)
-    if edit.function is None:
-        windowed = [
-            lax.dynamic_slice_in_dim(part, start, width, axis) if part.shape[axis] > 1 else part
-            for part in (masked.value, masked.mask)
-        ]
-        new = apply_intervention(Masked(*windowed), value, where=str(site))
-    else:
-        new = apply_intervention(edit.function, value, where=str(site))
-    if at == "all":
-        return new
-    columns = start + jnp.arange(width)
-    acts = columns < n_prompt if at == "prompt" else columns >= n_prompt
-    return jnp.where(jnp.expand_dims(acts, [i for i in range(value.ndim) if i != axis]), new, value)
+def _at_columns(
+    edits: Mapping[Site, Sequence[_Edit]], start: int, n_prompt: int, at: str
+) -> dict[Site, Callable[[Any], Any]]:
+    """The edits as functions of the values at the columns from `start` on."""
+
+    def edit(site: Site) -> Callable[[Any], Any]:
+        def apply(value: Any) -> Any:
+            for one in edits[site]:
+                axis = _position_axis(site)
+                if isinstance(one, Masked):
+                    new = _masked_columns(value, one, np.int32(start), axis=axis)
+                else:
+                    new = apply_intervention(one, value, where=f"{site} in generate")
+                if at == "all":
+                    value = new
+                else:
+                    split = np.int32(n_prompt - start)
+                    value = _one_side(value, new, split, axis=axis, is_before=at == "prompt")
+            return value
+
+        return apply
+
+    return {site: edit(site) for site in edits}
+
+
+def _mask_columns(value: Any, masked: Masked, start: Any, *, axis: int) -> Any:
+    """The value with the columns of `masked` that are at hand put in."""
+    parts = [
+        lax.dynamic_slice_in_dim(part, start, value.shape[axis], axis) if part.shape[axis] > 1 else part
+        for part in (masked.value, masked.mask)
+    ]
+    return apply_intervention(Masked(*parts), value, where="generate")
+
+
+def _take_one_side(value: Any, new: Any, split: Any, *, axis: int, is_before: bool) -> Any:
+    """`new` at the positions before `split` (or from it on), `value` elsewhere."""
+    columns = lax.broadcasted_iota(jnp.int32, value.shape, axis)
+    return jnp.where((columns < split) == is_before, new, value)
+
+
+_masked_columns = counted_jit(_mask_columns, name="intervention", static_argnames="axis")
+_one_side = counted_jit(_take_one_side, name="intervention", static_argnames=("axis", "is_before"))
 
 
 def _position_axis(site: Site) -> int:
@@ -316,28 +285,22 @@ def _position_axis(site: Site) -> int:
 
 def _edits(
     upstream: Upstream, params: Any, interventions: Mapping[Any, Intervention], sizes: tuple[int, int, int, int]
-) -> list[Edit]:
-    """The interventions in one form, checked against the sites as they are at full length."""
+) -> dict[Site, list[_Edit]]:
+    """The interventions by site, checked against the sites as they are at full length."""
     if not interventions:
-        return []
+        return {}
     batch, _, _, room = sizes
     table = running_pass.list_sites(upstream.forward, params, np.zeros((batch, room), np.int32))
     forms = {row.site: row.value for row in table.rows}
-    edits = []
+    edits: dict[Site, list[_Edit]] = {}
     for selector, intervention in interventions.items():
-        sites = select_sites(selector, list(forms), where=f"{upstream.name}.generate")
-        if callable(intervention):
-            edits.append(Edit(tuple(sites), intervention, None))
-            continue
-        # Sites of one name share a form; those of different names may need the arrays laid out differently.
-        by_layout: dict[tuple[int, int], list[Site]] = {}
-        for site in sites:
-            by_layout.setdefault((forms[site].ndim, _position_axis(site)), []).append(site)
-        for group in by_layout.values():
-            masked = _over_columns(intervention, forms[group[0]], group[0], sizes)
-            for site in group:
-                _check_fits(masked, forms[site], site)
-            edits.append(Edit(tuple(group), None, masked))
+        for site in select_sites(selector, list(forms), where=f"{upstream.name}.generate"):
+            if callable(intervention):
+                edits.setdefault(site, []).append(intervention)
+                continue
+            masked = _over_columns(intervention, forms[site], site, sizes)
+            _check_fits(masked, forms[site], site)
+            edits.setdefault(site, []).append(masked)
     return edits
 
 

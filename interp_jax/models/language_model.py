@@ -36,7 +36,7 @@ import html
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -47,6 +47,7 @@ from interp_jax.core.activations import Activations, SiteTable
 from interp_jax.core.errors import InvalidInputError, UnknownNameError, UnsupportedModelError, four_part
 from interp_jax.core.interventions import Intervention, apply_intervention
 from interp_jax.core.sites import Selector, Site, select_sites
+from interp_jax.models import passes
 from interp_jax.models.tokens import check_tokens, is_text
 from interp_jax.models.upstream import PAD, ModelConfig, Upstream
 from interp_jax.transforms import running_pass
@@ -160,14 +161,7 @@ class LanguageModel:
             UnknownNameError: A selector matches no site.
         """
         tokens = self.check_tokens(tokens)
-        sites = self._select(tokens, select, where="reap")
-        values: dict[Site, Any] = {}
-        with running_pass.run(self.forward, self.params, tokens, sites=sites) as steps:
-            for layer, name, value in steps:
-                values[Site(layer, name)] = value
-                if len(values) == len(sites):
-                    break
-        return Activations(values)
+        return Activations(passes.read(self.forward, (self.params, tokens), select, where=f"{self._label}.reap"))
 
     def intervene(self, tokens: Any, interventions: Mapping[Any, Intervention]) -> jax.Array:
         """The logits when sites are changed.
@@ -186,16 +180,19 @@ class LanguageModel:
         """
         tokens = self.check_tokens(tokens)
         by_site: dict[Site, list[Intervention]] = {}
+        sites = self.sites(tokens).sites
         for selector, intervention in interventions.items():
-            for site in self._select(tokens, selector, where="intervene"):
+            for site in select_sites(selector, sites, where=f"{self._label}.intervene"):
                 by_site.setdefault(site, []).append(intervention)
-        with running_pass.run(self.forward, self.params, tokens, sites=list(by_site)) as steps:
-            for layer, name, value in steps:
-                site = Site(layer, name)
-                for intervention in by_site[site]:
-                    value = apply_intervention(intervention, value, where=f"{site} of {self._label}")
-                steps.modified_value = value
-        return steps.retval
+
+        def edit(site: Site) -> Callable[[Any], Any]:
+            return lambda value: reduce(
+                lambda value, one: apply_intervention(one, value, where=f"{site} of {self._label}"),
+                by_site[site],
+                value,
+            )
+
+        return passes.edit(self.forward, (self.params, tokens), {site: edit(site) for site in by_site})
 
     def sites(self, tokens: Any = None) -> SiteTable:
         """The table of the model's sites, with shapes, dtypes and bytes. Nothing is computed.
@@ -428,10 +425,6 @@ class LanguageModel:
     @property
     def _label(self) -> str:
         return self.name or self.upstream.name
-
-    def _select(self, tokens: Any, selector: Selector, *, where: str) -> list[Site]:
-        sites = running_pass.list_sites(self.forward, self.params, tokens).sites
-        return select_sites(selector, sites, where=f"{self._label}.{where}")
 
     def _part(self, part: str) -> Callable[..., Any]:
         function = getattr(self.upstream, part)
