@@ -49,17 +49,17 @@ if TYPE_CHECKING:
     from interp_jax.models.loading import load as load
     from interp_jax.transforms import greenlets as greenlets
     from interp_jax.transforms import harvest as harvest
+    from interp_jax.transforms.compilations import compilations as compilations
     from interp_jax.transforms.harvest import layer_scope as layer_scope
     from interp_jax.transforms.harvest import loop_layer as loop_layer
     from interp_jax.transforms.harvest import sow as sow
     from interp_jax.transforms.patcher import Patcher as Patcher
     from interp_jax.transforms.patcher import PatchSet as PatchSet
     from interp_jax.transforms.running_pass import RunningPass as RunningPass
-    from interp_jax.transforms.running_pass import compilations as compilations
     from interp_jax.transforms.running_pass import list_sites as list_sites
     from interp_jax.transforms.running_pass import run as run
 
-# Where each name lives; a submodule is named by its parent. A test compares this table with the imports above.
+# Where each name lives. A test compares this table with the imports above.
 _HOMES = {
     "interp_jax.core.activations": ("Activations",),
     "interp_jax.core.errors": (
@@ -78,11 +78,13 @@ _HOMES = {
     "interp_jax.core.sites": ("Site",),
     "interp_jax.models.language_model": ("LanguageModel",),
     "interp_jax.models.loading": ("load",),
-    "interp_jax.transforms": ("greenlets", "harvest"),
-    "interp_jax.transforms.harvest": ("layer_scope", "loop_layer", "sow"),
-    "interp_jax.transforms.patcher": ("Patcher", "PatchSet"),
-    "interp_jax.transforms.running_pass": ("RunningPass", "compilations", "list_sites", "run"),
+    "interp_jax.transforms.compilations": ("compilations",),
+    "interp_jax.transforms.greenlets": ("greenlets",),
+    "interp_jax.transforms.harvest": ("harvest", "layer_scope", "loop_layer", "sow"),
+    "interp_jax.transforms.patcher": ("PatchSet", "Patcher"),
+    "interp_jax.transforms.running_pass": ("RunningPass", "list_sites", "run"),
 }
+_MODULES = ("greenlets", "harvest")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = sorted(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll] - the names live in one table
@@ -93,9 +95,7 @@ def __getattr__(name: str) -> Any:
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(home)
-    value = getattr(module, name, None)
-    if value is None:
-        value = importlib.import_module(f"{home}.{name}")
+    value = module if name in _MODULES else getattr(module, name)
     globals()[name] = value
     return value
 

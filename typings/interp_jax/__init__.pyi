@@ -1,0 +1,1 @@
+../../interp_jax/__init__.py
