@@ -56,20 +56,17 @@ class Tokenizer:
 
     Attributes:
         backend: The `tokenizers.Tokenizer` that does the work.
+        d_vocab: The number of tokens, special ones included (the model's embedding may have more rows).
         bos_id: The token that begins a text, None if the model has none.
         eos_id: The token that ends one, None if the model has none.
-        lost_bytes: UTF-8 bytes the vocabulary has no token for; `backend` drops them without a word.
+        lost_bytes: UTF-8 bytes the vocabulary has no token for; `backend` alone would drop them without a word.
     """
 
     backend: tokenizers.Tokenizer
+    d_vocab: int
     bos_id: int | None = None
     eos_id: int | None = None
     lost_bytes: frozenset[int] = frozenset()
-
-    @property
-    def d_vocab(self) -> int:
-        """The number of tokens, special ones included (the model's embedding may have more rows)."""
-        return self.backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, *, add_special_tokens: bool = True, drop_unknown: bool = False) -> list[int]:
         """The token ids of `text`.
@@ -78,8 +75,8 @@ class Tokenizer:
             text: Any text.
             add_special_tokens: Whether to add what the model's own tokenizer adds (for many models a leading
                 `bos_id`; nothing for GPT-2 and SmolLM2).
-            drop_unknown: Whether characters the vocabulary has no token for are left out, as upstream does, instead
-                of refused. SmolLM2 lacks some control characters and two empty planes of Unicode.
+            drop_unknown: Whether characters the vocabulary cannot spell are left out instead of refused. SmolLM2 lacks
+                some control characters and empty planes of Unicode (upstream drops single bytes of them).
 
         Returns:
             The ids; the empty list for the empty text, unless special tokens are added.
@@ -107,16 +104,19 @@ class Tokenizer:
                     fix="decode the bytes it came from with errors='replace'.",
                 )
             ) from None
-        if not drop_unknown and not self.lost_bytes.isdisjoint(raw):
-            position, character = next((i, c) for i, c in enumerate(text) if not self.lost_bytes.isdisjoint(c.encode()))
-            raise InvalidInputError(
-                four_part(
-                    f"Character U+{ord(character):04X} at position {position}, for which the vocabulary has no token",
-                    where="encode",
-                    expected="text made of characters the model has tokens for.",
-                    fix="remove it, or pass drop_unknown=True to leave such characters out, as upstream does.",
+        if not self.lost_bytes.isdisjoint(raw):
+            lost = {i for i, character in enumerate(text) if not self.lost_bytes.isdisjoint(character.encode())}
+            if not drop_unknown:
+                first = min(lost)
+                raise InvalidInputError(
+                    four_part(
+                        f"Character U+{ord(text[first]):04X} at position {first}, which the vocabulary cannot spell",
+                        where="encode",
+                        expected="text made of characters the model has tokens for.",
+                        fix="remove it, or pass drop_unknown=True to leave such characters out.",
+                    )
                 )
-            )
+            text = "".join(character for i, character in enumerate(text) if i not in lost)
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, tokens: Iterable[int], *, skip_special_tokens: bool = False) -> str:
@@ -226,7 +226,7 @@ def from_directory(directory: Path) -> Tokenizer | None:
             )
         ) from error
     bos_id, eos_id = (_named_token(directory, backend, role) for role in ("bos", "eos"))
-    return Tokenizer(backend, bos_id, eos_id, _lost_bytes(backend))
+    return _wrapped(backend, bos_id, eos_id)
 
 
 def from_gguf_metadata(metadata: Mapping[str, Any], *, source: str = "GGUF metadata") -> Tokenizer:
@@ -266,7 +266,7 @@ def from_gguf_metadata(metadata: Mapping[str, Any], *, source: str = "GGUF metad
         before=bos_id if metadata.get("tokenizer.ggml.add_bos_token") else None,
         after=eos_id if metadata.get("tokenizer.ggml.add_eos_token") else None,
     )
-    return Tokenizer(backend, bos_id, eos_id, _lost_bytes(backend))
+    return _wrapped(backend, bos_id, eos_id)
 
 
 def _check_gguf_metadata(metadata: Mapping[str, Any], source: str) -> None:
@@ -332,6 +332,11 @@ def _byte_level(model: tokenizers.models.Model, expressions: Sequence[str]) -> t
     )
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def _wrapped(backend: tokenizers.Tokenizer, bos_id: int | None, eos_id: int | None) -> Tokenizer:
+    """A tokenizer that knows the size and the gaps of its vocabulary."""
+    return Tokenizer(backend, backend.get_vocab_size(with_added_tokens=True), bos_id, eos_id, _lost_bytes(backend))
 
 
 def _lost_bytes(backend: tokenizers.Tokenizer) -> frozenset[int]:
