@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 import secrets
 import zlib
+from pathlib import Path
+from typing import Any
 
 # Before JAX is imported: it reads these once.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -41,6 +43,9 @@ def pytest_report_header() -> list[str]:
     return [f"{devices}; repeat this session with INTERP_TEST_SEED={SESSION_SEED}"]
 
 
+ORACLES = Path(__file__).parent / "oracles"
+
+
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
     """A seed of this test's own, which does not depend on the order in which tests run."""
@@ -60,3 +65,31 @@ def key(seed: int) -> jax.Array:
 def rng(seed: int) -> np.random.Generator:
     """A NumPy generator; its seed is printed when the test fails."""
     return np.random.default_rng(seed)
+
+
+# Real directories written by Hugging Face's PyTorch models (tests/oracles/record_tiny_torch.py).
+TINY = ("tiny_gpt2", "tiny_llama")
+
+
+@pytest.fixture(scope="session", params=TINY)
+def tiny(request: pytest.FixtureRequest) -> Any:
+    """A tiny random model of each family, three layers, as loaded."""
+    from interp_jax.models.loading import load
+
+    return load(ORACLES / request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Any:
+    """The tiny random Llama: grouped-query attention, rotary base 100000, an unembedding of its own."""
+    from interp_jax.models.loading import load
+
+    return load(ORACLES / "tiny_llama")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Any:
+    """SmolLM2-135M with its real weights."""
+    from interp_jax.models.loading import load
+
+    return load("smollm2-135m")
