@@ -136,8 +136,7 @@ def test_every_text_comes_back_from_a_vocabulary_of_all_bytes(text: str):
 def test_what_each_rule_cuts(metadata: dict[str, Any], rule: str, pieces: list[str]):
     backend = _with_rule(metadata, rule).backend
     cut = backend.pre_tokenizer.pre_tokenize_str("Pay $1234.50, don't!")
-    letters = dict(zip("Ġ", " ", strict=True))
-    assert ["".join(letters.get(c, c) for c in piece) for piece, _ in cut] == pieces
+    assert [piece.replace("Ġ", " ") for piece, _ in cut] == pieces
 
 
 def test_smollm2_is_what_its_authors_published(smollm2: Tokenizer):
