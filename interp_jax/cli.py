@@ -1,0 +1,283 @@
+"""The `interp-jax` command.
+
+    interp-jax demo                       what SmolLM2-135M thinks at each layer, and what its answer depends on
+    interp-jax lens "The capital of France is"
+    interp-jax doctor smollm2-135m        is what I read what I think it is?
+    interp-jax patches                    does every patch set fit the upstream code installed here?
+
+>>> main(["lens", ""])
+2
+
+Exit status: 0, or 1 when a check found something wrong, 2 for a mistake in what was asked, 130 after Ctrl-C.
+
+Sharp edges: results go to stdout, progress and errors to stderr. Nothing heavy is imported before a command needs
+it, so `--help` answers at once. A mistake is told in four parts and without a traceback; `INTERP_JAX_TRACEBACK=1`
+adds the traceback.
+
+Source: interp_jax.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from interp_jax.core.errors import InterpError, InvalidInputError, UnknownNameError, four_part
+
+if TYPE_CHECKING:
+    from interp_jax.models.language_model import LanguageModel
+
+COMMANDS = ("demo", "lens", "doctor", "patches")
+DEFAULT_MODEL = "smollm2-135m"
+_MODEL_HELP = "a name (smollm2-135m, or a model in the local Hugging Face cache), a .gguf file, or a directory"
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints have four parts, too."""
+
+    def error(self, message: str) -> NoReturn:
+        fix = f"see `{self.prog} --help`."
+        wrong = re.match(r"argument COMMAND: invalid choice: '(.*?)' \(", message)
+        if wrong:
+            what = f"Unknown command {wrong[1]!r}"
+            raise UnknownNameError(four_part(what, where=self.prog, names=COMMANDS, given=wrong[1], fix=fix))
+        raise InvalidInputError(four_part(message[0].upper() + message[1:], where=self.prog, fix=fix))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = _Parser(prog="interp-jax", description="Read and change any intermediate value of a JAX language model.")
+    parser.add_argument("--version", action="store_true", help="print the version and stop")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], words: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=words, description=words[0].upper() + words[1:] + ".")
+        sub.set_defaults(run=run)
+        return sub
+
+    demo = command("demo", run_demo, "what a model thinks at each layer, and which layers its answer depends on")
+    lens = command("lens", run_lens, "the logit lens of a text: what the model would say after each layer")
+    doctor = command("doctor", run_doctor, "check that each site of a model holds what its name says")
+    command("patches", run_patches, "check that every patch set fits the upstream code installed here")
+
+    demo.add_argument("--prompt", help="the text whose next token is asked for (default: Mary and John at the store)")
+    demo.add_argument("--answer", help='the right next token (default: " Mary")')
+    demo.add_argument("--other", help='the wrong one it competes with (default: " John")')
+    lens.add_argument("text", help="the text to read")
+    lens.add_argument(
+        "--views",
+        default="0.resid_pre,resid_post",
+        help="sites to decode, separated by commas: resid_pre, resid_mid, 5.mlp_out, ... (default: %(default)s)",
+    )
+    lens.add_argument("--top-k", type=int, default=5, help="tokens kept per cell (default: %(default)s)")
+    for sub in (demo, lens):
+        sub.add_argument("--model", default=DEFAULT_MODEL, help=f"{_MODEL_HELP} (default: %(default)s)")
+        sub.add_argument("--out", type=Path, default=Path("runs"), help="folder for the results (default: %(default)s)")
+    doctor.add_argument("model", nargs="?", default=DEFAULT_MODEL, help=f"{_MODEL_HELP} (default: %(default)s)")
+    doctor.add_argument("--patches", action="store_true", help="check the patch sets instead of a model")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line.
+
+    Args:
+        arguments: What follows the command's name; by default what the process was given.
+
+    Returns:
+        The exit status.
+    """
+    try:
+        options = build_parser().parse_args(arguments)
+        if options.version:
+            return run_version(options)
+        if not hasattr(options, "run"):
+            build_parser().print_help()
+            return 0
+        status = options.run(options)
+        sys.stdout.flush()
+        return status
+    except SystemExit as stop:  # argparse, after --help
+        return int(stop.code or 0)
+    except InterpError as error:
+        if os.environ.get("INTERP_JAX_TRACEBACK"):
+            raise
+        print(f"interp-jax: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterp-jax: interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `interp-jax lens ... | head`: whoever read us has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def run_version(options: argparse.Namespace) -> int:
+    """`interp-jax --version`."""
+    from importlib.metadata import version
+
+    print(f"interp-jax {version('interp-jax')}")
+    return 0
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    """`interp-jax demo`."""
+    _check_writable(options.out)
+    from interp_jax.experiments import ioi_layers
+    from interp_jax.figures import terminal
+    from interp_jax.figures.token_text import visible
+
+    given = {name: getattr(options, name) for name in ("prompt", "answer", "other")}
+    for text in given.values():
+        _check_text(text)
+    config = ioi_layers.Config(model=options.model, **{name: text for name, text in given.items() if text is not None})
+    lm = _loaded(options.model)
+    print(f"\nPrompt: {config.prompt}")
+    result = ioi_layers.run(config, lm=lm)
+
+    _print_lens(result.lens, result.decode)
+    _heading("Which layers does the answer depend on?")
+    print(f"  {result.metric} = {result.effects.clean[0]:.3f}; how it changes when one write is zeroed:\n")
+    print(terminal.effects_table(result.effects, n_columns=_columns()), end="\n\n")
+    for sentence in terminal.effect_sentences(result.effects, visible(config.answer), visible(config.other)):
+        print(f"  {sentence}")
+    n_sites = len(result.effects.sites)
+    _heading(f"The {n_sites} effects, measured twice")
+    ways = {"loop": f"{n_sites + 1} running passes", "sweep": "one compiled program"}
+    for route, how in ways.items():
+        first, again = result.seconds[route]
+        print(f"  {route:<6} {how:<22} {first:6.2f} s the first time (compiles), {again:6.2f} s the second time")
+    print(f"  largest difference between the two: {result.max_difference:.1e} (in logits)")
+    _save(result, "demo", config, ioi_layers.plot(result), lm, options.out)
+    return 0
+
+
+def run_lens(options: argparse.Namespace) -> int:
+    """`interp-jax lens TEXT`."""
+    _check_text(options.text)
+    _check_writable(options.out)
+    from interp_jax.figures.logit_lens import lens_figure, lens_page
+    from interp_jax.methods.logit_lens import logit_lens
+
+    views = [view.strip() for view in options.views.split(",") if view.strip()]
+    lm = _loaded(options.model)
+    result = logit_lens(lm, lm.tokenize(options.text), views=views or None, top_k=options.top_k)
+    _print_lens(result, lm.decode)
+    figures = {
+        "logit_lens.png": lens_figure(result, lm.decode, title=lm.name),
+        "logit_lens.html": lens_page(result, lm.decode, title=lm.name, text=options.text),
+    }
+    config = {"model": options.model, "text": options.text, "views": views, "top_k": options.top_k}
+    _save(result, "lens", config, figures, lm, options.out)
+    return 0
+
+
+def run_doctor(options: argparse.Namespace) -> int:
+    """`interp-jax doctor [MODEL]`."""
+    if options.patches:
+        return run_patches(options)
+    report = _loaded(options.model).check()
+    print(report)
+    return 0 if report.ok else 1
+
+
+def run_patches(options: argparse.Namespace) -> int:
+    """`interp-jax patches`."""
+    reports = {patch_set.name: patch_set.check() for patch_set in patch_sets()}
+    print("\n".join(f"{name}: {report}" for name, report in reports.items()))
+    return 1 if any(report.is_broken for report in reports.values()) else 0
+
+
+def patch_sets() -> list[Any]:
+    """Every patch set there is, found by looking into the folder."""
+    import importlib
+    import pkgutil
+
+    from interp_jax import patches
+
+    modules = [
+        importlib.import_module(f"{patches.__name__}.{found.name}") for found in pkgutil.iter_modules(patches.__path__)
+    ]
+    return [module.PATCH_SET for module in modules if hasattr(module, "PATCH_SET")]
+
+
+def _loaded(name: str) -> LanguageModel:
+    from interp_jax.models.loading import load
+
+    start = time.perf_counter()
+    lm = load(name)
+    print(f"{lm}\n  loaded in {time.perf_counter() - start:.1f} s")
+    return lm
+
+
+def _print_lens(result: Any, decode: Callable[[Any], str]) -> None:
+    """The most probable next tokens, and the lens as a table."""
+    from interp_jax.figures import terminal
+    from interp_jax.figures.token_text import token_texts
+
+    _heading("Most probable next tokens")
+    texts = token_texts(decode, result.top_ids[-1, 0, -1]).tolist()
+    print(terminal.token_table(texts, result.top_probabilities[-1, 0, -1].tolist(), n_columns=_columns()))
+    _heading("The best next token at each layer (logit lens)")
+    is_coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print(terminal.lens_table(result, decode, n_columns=_columns(), is_coloured=is_coloured, n_lines=16))
+    print("  bold, on the brighter the surer: the model's own answer" if is_coloured else "  *: the model's own answer")
+
+
+def _save(result: Any, name: str, config: Any, figures: dict[str, Any], lm: Any, out: Path) -> None:
+    from interp_jax.core.results import save_result
+
+    patch_set = lm.upstream.patch_set
+    digests = None if patch_set is None else {lm.upstream.name: patch_set.digests()}
+    folder = save_result(result, name=name, config=config, figures=figures, patch_digests=digests, root=out)
+    _heading("Saved")
+    for path in (*(folder / file for file in figures), folder):
+        print(f"  {path}{'/' if path == folder else ''}")
+
+
+def _heading(text: str) -> None:
+    print(f"\n{text}")
+
+
+def _columns() -> int:
+    return min(120, shutil.get_terminal_size().columns)
+
+
+def _check_text(text: str | None) -> None:
+    if text is None:
+        return
+    fix = 'give the text in quotes: interp-jax lens "The capital of France is".'
+    if not text:
+        raise InvalidInputError(
+            four_part("An empty text was given", where="interp-jax", expected="at least one character.", fix=fix)
+        )
+    if not text.isprintable() and any("\ud800" <= char <= "\udfff" for char in text):
+        raise InvalidInputError(
+            four_part("Bytes that are not UTF-8 were given", where="interp-jax", expected="UTF-8 text.", fix=fix)
+        )
+
+
+def _check_writable(folder: Path) -> None:
+    """Before anything is computed: whether the results will find room in the folder."""
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        what = "is not a folder" if not existing.is_dir() else "cannot be written to"
+        raise InvalidInputError(
+            four_part(
+                f"--out {folder} was given, but {existing} {what}",
+                where="interp-jax",
+                expected="a folder that can be made and written to.",
+                fix="choose another folder, for example --out runs.",
+            )
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
