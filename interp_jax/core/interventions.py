@@ -77,6 +77,8 @@ def same_form(value: Any, new: Any, *, where: str, cast: bool = False, hint: str
             raise refuse(given, f"an array {describe(old)}.") from None
         expected = jax.typeof(old)
         may_cast = cast or (form.weak_type and jnp.can_cast(form.dtype, expected.dtype, "same_kind"))
+        # A Python number has no dtype of its own: 15.0 may stand for the integer 15, but 15.5 may not.
+        may_cast |= isinstance(leaf, (int, float)) and bool(np.asarray(leaf).astype(expected.dtype) == leaf)
         if form.shape != expected.shape or (form.dtype != expected.dtype and not may_cast):
             raise refuse(f"A new value {describe(leaf)} was given", f"{describe(old)}.")
         converted.append(leaf if form.dtype == expected.dtype else jnp.asarray(leaf).astype(expected.dtype))

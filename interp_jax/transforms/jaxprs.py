@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-from interp_jax.core.errors import InvalidInputError, four_part
+from interp_jax.core.errors import InvalidInputError, UnsupportedModelError, four_part
 from interp_jax.core.sites import Site
 from interp_jax.transforms.sowing import INHERITED, SITE_TAG, LoopLayer, layer_in, sow_p
 
@@ -45,6 +45,31 @@ def inner_jaxprs(eqn: JaxprEqn) -> Iterator[tuple[str, Jaxpr]]:
                 yield name, item.jaxpr
             elif isinstance(item, Jaxpr):
                 yield name, item
+
+
+CUSTOM_RULES = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
+"""Primitives that call a function with a derivative rule of its own."""
+
+
+def callee_of(eqn: JaxprEqn) -> ClosedJaxpr:
+    """The one jaxpr a call equation (jit, checkpoint, a custom rule) calls.
+
+    Raises:
+        UnsupportedModelError: The equation is a call of a kind that cannot be opened.
+    """
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        inner = eqn.params.get(name)
+        if isinstance(inner, ClosedJaxpr):
+            return inner
+        if isinstance(inner, Jaxpr):
+            return ClosedJaxpr(inner, ())
+    raise UnsupportedModelError(
+        four_part(
+            f"A site lies inside {eqn.primitive.name} ({source_line(eqn)}), a call that cannot be opened",
+            expected="jit, checkpoint, custom_jvp, custom_vjp, scan, while or cond around a site.",
+            fix="leave the site unselected, or use the running pass with engine='python'.",
+        )
+    )
 
 
 def is_site(eqn: JaxprEqn) -> bool:

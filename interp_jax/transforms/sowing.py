@@ -26,7 +26,8 @@ Source: Oryx Harvest for the semantics of tag, name, mode and key.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import source_info_util
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching, mlir, partial_eval
 
 from interp_jax.core.errors import InvalidInputError, four_part
 
@@ -72,6 +73,8 @@ class SownHere(NamedTuple):
 
 
 _LAYER: ContextVar[int | LoopLayer | _TracedLoopLayer | None] = ContextVar("layer", default=None)
+HARVESTING: ContextVar[bool] = ContextVar("harvesting", default=False)
+_harvest_traces = jax.make_user_context(default_value=False)
 # Set by the python engine inside its greenlet: gets every sow of the site tag and returns the value to go on with.
 LISTENER: ContextVar[Callable[[SownHere, Any], Any] | None] = ContextVar("listener", default=None)
 
@@ -163,44 +166,87 @@ sow_p = Primitive("sow")
 sow_p.multiple_results = True
 
 
-def sow(value: Any, *, name: str, tag: str = SITE_TAG, mode: str = "strict", key: Any = None) -> Any:
+def sow(value: Any, *, name: str, tag: Hashable = SITE_TAG, mode: str = "strict", key: Any = None) -> Any:
     """Mark a value as a site; the identity for everything but those who listen.
 
     Args:
         value: An array or pytree of arrays (PRNG key arrays too).
         name: Name of the site.
-        tag: Family of sows this one belongs to. Sites have the tag "site".
-        mode: What a harvest does with several sows of one name: "strict", "append", "clobber" or "cond_clobber".
+        tag: Family of sows this one belongs to; any hashable but None. Sites have the tag "site".
+        mode: What a harvest does with several sows of one name: "strict" (an error), "append" (the iterations of a
+            scan stacked) or "clobber" (the last).
         key: A value the sow is made to depend on.
 
     Returns:
         The value, or what a listener put in its place.
 
     Raises:
-        InvalidInputError: Name or tag is not a string, or the mode is unknown.
+        InvalidInputError: The name is not a string, the tag None or without a hash, or the mode unknown.
     """
-    if not (isinstance(name, str) and isinstance(tag, str) and name):
+    _check_names(name, tag, mode, MODES[:3])
+    layer = _LAYER.get()
+    listener = LISTENER.get()
+    if listener is not None and tag == SITE_TAG:
+        is_traced = isinstance(layer, _TracedLoopLayer)
+        spec, index, length = (layer.spec, layer.index, layer.length) if is_traced else (layer, None, None)
+        return listener(SownHere(name, spec, index, length), value)
+    return _bind(value, [], jax.tree.leaves(key), name=name, tag=tag, mode=mode)
+
+
+def sow_cond(value: Any, pred: Any, *, tag: Hashable, name: str, mode: str = "cond_clobber") -> Any:
+    """Mark a value that counts only where a predicate is true.
+
+    Args:
+        value: An array or pytree of arrays.
+        pred: A scalar bool. In a loop, the value of the last iteration with a true predicate is reaped, and zeros if
+            there was none.
+        tag: Family of sows this one belongs to.
+        name: Name of the value.
+        mode: "cond_clobber".
+
+    Returns:
+        The value, or what was planted in its place.
+
+    Raises:
+        InvalidInputError: As for `sow`, or the predicate is not a scalar bool.
+    """
+    _check_names(name, tag, mode, MODES[3:])
+    pred = jnp.asarray(pred)
+    if pred.shape != () or pred.dtype != jnp.bool_:
+        raise InvalidInputError(
+            four_part(
+                f"A predicate {pred.dtype}{list(pred.shape)} was given",
+                where=f"sow_cond(name={name!r})",
+                expected="a scalar bool.",
+                fix="reduce the predicate to one bool, or sow jnp.where(pred, value, other).",
+            )
+        )
+    return _bind(value, [pred], [], name=name, tag=tag, mode=mode)
+
+
+def _check_names(name: Any, tag: Any, mode: str, modes: Sequence[str]) -> None:
+    if not (isinstance(name, str) and name) or tag is None or not isinstance(tag, Hashable):
         raise InvalidInputError(
             four_part(
                 f"sow(name={name!r}, tag={tag!r}) was given",
-                expected="a non-empty string as name, and a string as tag.",
+                expected="a non-empty string as name, and a hashable tag other than None.",
                 fix="name the site, for example sow(x, name='mlp_out').",
             )
         )
-    if mode not in MODES:
+    if mode not in modes:
+        hint = " (sow_cond has cond_clobber, sow the other modes)" if mode in MODES else ""
+        where = f"a sow named {name!r}{hint}"
         raise InvalidInputError(
-            four_part(f"Unknown mode {mode!r}", where=f"sow(name={name!r})", names=MODES, given=str(mode), fix="use one.")
+            four_part(f"Unknown mode {mode!r}", where=where, names=modes, given=str(mode), fix="use one of these modes.")
         )
-    layer = _LAYER.get()
-    spec, index, length = layer, None, None
-    if isinstance(layer, _TracedLoopLayer):
-        spec, index, length = layer.spec, layer.index, layer.length
-    listener = LISTENER.get()
-    if listener is not None and tag == SITE_TAG:
-        return listener(SownHere(name, spec, index, length), value)  # type: ignore[arg-type]
+
+
+def _bind(value: Any, predicate: list[Any], keys: list[Any], **params: Any) -> Any:
     leaves, tree = jax.tree.flatten(value)
     leaves = [leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf) for leaf in leaves]
-    outs = sow_p.bind(*leaves, *jax.tree.leaves(key), tag=tag, name=name, mode=mode, tree=tree, batch_axes=())
+    outs = sow_p.bind(
+        *leaves, *predicate, *keys, **params, tree=tree, has_predicate=bool(predicate), batch_axes=()
+    )
     return jax.tree.unflatten(tree, outs)
 
 
@@ -213,6 +259,11 @@ def value_seen(leaves: Sequence[Any], params: dict[str, Any]) -> Any:
             for leaf, axis in zip(leaves, axes, strict=True)
         ]
     return jax.tree.unflatten(params["tree"], leaves)
+
+
+def predicate_seen(operands: Sequence[Any], params: dict[str, Any]) -> Any:
+    """The predicate of a conditional sow, mapped axes first, or None for other sows."""
+    return operands[_n_values(params)] if params["has_predicate"] else None
 
 
 def leaves_of_seen(value: Any, params: dict[str, Any]) -> list[Any]:
@@ -244,9 +295,35 @@ def _transpose(cotangents: Sequence[Any], *operands: Any, **params: Any) -> list
 
 
 def _batch(operands: Sequence[Any], axes: Sequence[int | None], **params: Any) -> tuple[list[Any], list[Any]]:
+    if params["has_predicate"]:
+        # A predicate is compared with its value example by example, so both get the mapped axis in front.
+        (size,) = {operand.shape[axis] for operand, axis in zip(operands, axes, strict=True) if axis is not None}
+        operands = [
+            jnp.broadcast_to(operand, (size, *operand.shape)) if axis is None else jnp.moveaxis(operand, axis, 0)
+            for operand, axis in zip(operands, axes, strict=True)
+        ]
+        axes = [0] * len(operands)
     own_axes = tuple(axes[: _n_values(params)])
     params["batch_axes"] = (*params["batch_axes"], own_axes)
     return sow_p.bind(*operands, **params), list(own_axes)
+
+
+def _keep_in_dce(used: Sequence[bool], eqn: Any) -> tuple[list[bool], Any]:
+    """While a harvest traces, a sow stays although nobody reads its result; else it is as dead as any identity."""
+    if HARVESTING.get() or any(used):
+        return [True] * len(eqn.invars), eqn
+    return [False] * len(eqn.invars), None
+
+
+@contextmanager
+def harvesting() -> Iterator[None]:
+    """Context in which a program is traced to be harvested: sows survive, and JAX keeps such traces apart."""
+    token = HARVESTING.set(True)
+    try:
+        with _harvest_traces(True):
+            yield
+    finally:
+        HARVESTING.reset(token)
 
 
 sow_p.def_impl(_identity)
@@ -255,3 +332,4 @@ mlir.register_lowering(sow_p, lambda ctx, *operands, **params: _identity(*operan
 ad.primitive_jvps[sow_p] = _jvp
 ad.primitive_transposes[sow_p] = _transpose
 batching.primitive_batchers[sow_p] = _batch
+partial_eval.dce_rules[sow_p] = _keep_in_dce

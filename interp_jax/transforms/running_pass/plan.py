@@ -26,12 +26,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 from jax.sharding import Sharding
 
 from interp_jax.core.errors import UnsupportedModelError, four_part
 from interp_jax.core.sites import Site
-from interp_jax.transforms.jaxprs import Scope, any_site_inside, is_site, scope_of, source_line
+from interp_jax.transforms.jaxprs import (
+    CUSTOM_RULES,
+    Scope,
+    any_site_inside,
+    callee_of,
+    is_site,
+    scope_of,
+    source_line,
+)
 from interp_jax.transforms.sowing import LoopLayer
 
 Operand: TypeAlias = "int | Literal"
@@ -169,7 +177,6 @@ class Plan:
     steps: list[Step]
 
 
-_CUSTOM_RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 _CHECKPOINTS = {"checkpoint", "remat", "remat2"}
 _CLOSED_TO_LOOPS = {"shard_map", "pallas_call", "run_state", "custom_transpose_call", "custom_lin"}
 
@@ -293,8 +300,8 @@ class _Builder:
         self, name: str, eqn: JaxprEqn, ins: tuple[Operand, ...], scope: Scope, region: Region | None
     ) -> Sequence[Operand]:
         """Open a call and put its equations in its place."""
-        inner = _callee(eqn)
-        if name in _CUSTOM_RULES:
+        inner = callee_of(eqn)
+        if name in CUSTOM_RULES:
             self.flush()
             self.n_regions += 1
             number, outer_rules = self.n_regions, self.rules
@@ -325,23 +332,6 @@ class _Builder:
                 operand = slot
             out.append(operand)
         return tuple(out)
-
-
-def _callee(eqn: JaxprEqn) -> ClosedJaxpr:
-    """The one jaxpr a call equation calls."""
-    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        inner = eqn.params.get(name)
-        if isinstance(inner, ClosedJaxpr):
-            return inner
-        if isinstance(inner, Jaxpr):
-            return ClosedJaxpr(inner, ())
-    raise UnsupportedModelError(
-        four_part(
-            f"A selected site lies inside {eqn.primitive.name} ({source_line(eqn)}), a call the loop cannot open",
-            expected="jit, checkpoint, custom_jvp, custom_vjp, scan, while or cond around a site.",
-            fix="leave the site unselected, or use engine='python'.",
-        )
-    )
 
 
 def _settle(steps: list[Step], outs: Sequence[Operand]) -> None:

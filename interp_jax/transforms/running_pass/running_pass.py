@@ -39,7 +39,7 @@ from interp_jax.core.sites import Selector, Site, select_sites
 from interp_jax.transforms.running_pass.compiled import KEEP, execute
 from interp_jax.transforms.running_pass.plan import build_plan
 from interp_jax.transforms.running_pass.python_engine import run_python
-from interp_jax.transforms.running_pass.tracing import Remembered, sites_of, trace_program
+from interp_jax.transforms.tracing import Remembered, sites_of, trace_program
 
 ENGINES = ("compiled", "python")
 

@@ -36,7 +36,7 @@ from interp_jax.transforms.jaxprs import (
     site_of,
     source_line,
 )
-from interp_jax.transforms.sowing import value_seen
+from interp_jax.transforms.sowing import harvesting, value_seen
 
 
 class Trace(NamedTuple):
@@ -66,12 +66,12 @@ def trace_program(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     dynamic_args = [arg for i, arg in enumerate(args) if i not in static_argnums]
     dynamic_kwargs = {name: arg for name, arg in kwargs.items() if name not in static_argnames}
     values = jax.tree.leaves((dynamic_args, dynamic_kwargs))
-    jitted = _jitted(fn, static_argnums, static_argnames)
-    traced = jitted.trace(*args, **kwargs)
-    closed, out_info = traced.jaxpr, traced.out_info
-    if len(closed.jaxpr.invars) != len(values):
-        # The function closes over values of a trace that is under way; `make_jaxpr` keeps those as constants.
-        closed, out_info = _make_jaxpr(fn, args, kwargs, static_argnums, static_argnames)
+    with harvesting():
+        traced = _jitted(fn, static_argnums, static_argnames).trace(*args, **kwargs)
+        closed, out_info = traced.jaxpr, traced.out_info
+        if len(closed.jaxpr.invars) != len(values):
+            # The function closes over values of a trace that is under way; `make_jaxpr` keeps those as constants.
+            closed, out_info = _make_jaxpr(fn, args, kwargs, static_argnums, static_argnames)
     return Trace(closed, values, jax.tree.structure(out_info))
 
 
