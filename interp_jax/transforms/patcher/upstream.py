@@ -1,0 +1,382 @@
+"""Upstream's source files, and which live objects come from which of their definitions.
+
+A member ("function", "Class", "Class.method") is looked up as an object first, through every decorator and wrapper
+that holds the function it wraps, and then in the syntax tree of the file its code object names. So members that a
+module merely imports, property setters, methods that Flax wrapped and functions inside `jax.jit` are all found.
+
+>>> import textwrap
+>>> member = find_member(textwrap, "TextWrapper._split")
+>>> member.upstream.name, [type(node).__name__ for node in member.nodes]
+('textwrap.py', ['FunctionDef'])
+
+Sharp edges: two lambdas on one line are told apart by their columns. Source that was typed into a notebook is found
+through `linecache`; source that was made by `exec` is not there to be patched.
+
+Source: interp_jax.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import linecache
+import os
+import sys
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from interp_jax.core.errors import PatchError, four_part
+from interp_jax.transforms.patcher.syntax import DEFS, Place, SourceText, first_line, parents
+
+# Where wrappers keep what they wrap: functools, descriptors, partial, jax.custom_jvp and jax.custom_vjp.
+_LINKS = ("__wrapped__", "__func__", "func", "fget", "fset", "fdel", "fun", "fwd", "bwd", "jvp")
+_MOST_OBJECTS = 400
+
+CodeOf = Callable[[types.FunctionType], types.CodeType]
+
+
+@dataclass(frozen=True, eq=False)
+class Upstream:
+    """One source file.
+
+    Args:
+        filename: What code objects call it.
+        name: What messages and diffs call it: its path inside the package.
+        module: Dotted name of the module.
+        source: Its text.
+        tree: Its syntax tree.
+    """
+
+    filename: str
+    name: str
+    module: str
+    source: SourceText
+    tree: ast.Module
+    places: dict[ast.AST, Place] = field(init=False, repr=False)
+    definitions: Sequence[ast.AST] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "places", parents(self.tree))
+        object.__setattr__(self, "definitions", definitions(self.tree))
+
+    def ancestors(self, node: ast.AST) -> Iterator[ast.AST]:
+        """A node and all above it, innermost first."""
+        current: ast.AST | None = node
+        while current is not None:
+            yield current
+            place = self.places.get(current)
+            current = place.parent if place else None
+
+    def qualname(self, node: ast.AST) -> str:
+        """The `__qualname__` of a definition."""
+        parts: list[str] = []
+        for above in self.ancestors(node):
+            if isinstance(above, (*DEFS, ast.ClassDef, ast.Lambda)):
+                if parts and not isinstance(above, ast.ClassDef):
+                    parts.append("<locals>")
+                parts.append("<lambda>" if isinstance(above, ast.Lambda) else above.name)
+        return ".".join(reversed(parts))
+
+    def definition(self, code: types.CodeType) -> ast.AST | None:
+        """The definition a code object was compiled from, as far as name, first line and columns tell."""
+        return definition(code, self.definitions)
+
+    def top_level(self, node: ast.AST) -> int:
+        """Index of the top-level statement a node is in."""
+        *_, outermost, _module = self.ancestors(node)
+        return self.tree.body.index(outermost)  # type: ignore[arg-type]
+
+    def at(self, node: ast.AST) -> str:
+        """A node's file and line, for messages."""
+        return f"{self.name}:{first_line(node)}"
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A part of a module that is to be patched.
+
+    Args:
+        name: As the user calls it.
+        upstream: The file it is defined in.
+        nodes: Its definitions; several for a property with getter and setter.
+        holder: The live object the definitions' functions are looked for in: a class, or what holds the function.
+        class_node: The definition of the class that `holder` is.
+    """
+
+    name: str
+    upstream: Upstream
+    nodes: Sequence[ast.AST]
+    holder: Any
+    class_node: ast.ClassDef | None = None
+
+
+def is_code_of(code: types.CodeType, node: ast.AST) -> bool:
+    """Whether a code object was compiled from a definition, as far as its name, first line and columns tell."""
+    if isinstance(node, ast.Lambda):
+        if code.co_name != "<lambda>" or code.co_firstlineno != node.lineno:
+            return False
+        start, end = (node.body.lineno, node.body.col_offset), (node.body.end_lineno, node.body.end_col_offset)
+        spots = [spot for spot in code.co_positions() if None not in spot and spot[2:] != (0, 0)]
+        return all(start <= (a, c) and (b, d) <= end for a, b, c, d in spots)  # type: ignore[operator]
+    return isinstance(node, DEFS) and code.co_name == node.name and code.co_firstlineno == first_line(node)
+
+
+def definitions(tree: ast.AST) -> list[ast.AST]:
+    """All functions and lambdas of a tree."""
+    return [node for node in ast.walk(tree) if isinstance(node, (*DEFS, ast.Lambda))]
+
+
+def definition(code: types.CodeType, among: Iterable[ast.AST]) -> ast.AST | None:
+    """The definition a code object was compiled from.
+
+    Args:
+        code: The code object.
+        among: Functions and lambdas of the tree it was compiled from.
+
+    Returns:
+        The definition, or None.
+    """
+    found = [node for node in among if is_code_of(code, node)]
+    # Of nested lambdas on one line, the innermost that holds all of the code: the one whose body starts last.
+    return max(found, key=lambda node: node.body.col_offset if isinstance(node, ast.Lambda) else 0, default=None)
+
+
+@functools.lru_cache(maxsize=64)
+def _upstream(filename: str, text: str, module: str, is_package: bool) -> Upstream:
+    name = module.replace(".", "/") + ("/__init__.py" if is_package else ".py")
+    source = SourceText(text)
+    if module == "__main__":
+        name = os.path.basename(filename)
+    return Upstream(filename, name, module, source, source.parse())
+
+
+def read_upstream(filename: str, namespace: dict[str, Any], *, where: str) -> Upstream:
+    """The source file that code objects call `filename`.
+
+    Args:
+        filename: `co_filename` of a code object, or `__file__` of a module.
+        namespace: Globals of the code.
+        where: The member it is read for, for the error message.
+
+    Returns:
+        The file; the same object for the same text.
+
+    Raises:
+        PatchError: There is no source, or it is not Python.
+    """
+    linecache.checkcache(filename)
+    text = "".join(linecache.getlines(filename, namespace))
+    if not text:
+        raise PatchError(
+            four_part(
+                f"No source code ({os.path.basename(filename) or 'no file'})",
+                where=where,
+                expected="a function or class written in Python whose source is at hand.",
+                fix="patch a Python function; compiled extensions and code made by exec have no source.",
+            )
+        )
+    return _upstream(filename, text, namespace.get("__name__", "__main__"), "__path__" in namespace)
+
+
+def reachable_functions(holder: Any) -> list[types.FunctionType]:
+    """All Python functions an object holds: itself, what it wraps, what its closure or attributes refer to.
+
+    Args:
+        holder: A function, descriptor, wrapper or callable object.
+
+    Returns:
+        The functions, outermost first.
+    """
+    queue: deque[Any] = deque([holder])
+    seen: dict[int, Any] = {}
+    found: list[types.FunctionType] = []
+    while queue and len(seen) < _MOST_OBJECTS:
+        current = queue.popleft()
+        if id(current) in seen or isinstance(current, (type, types.ModuleType)):
+            continue
+        seen[id(current)] = current
+        if isinstance(current, types.FunctionType):
+            found.append(current)
+        queue.extend(link for name in _LINKS if (link := _attribute(current, name)) is not None)
+        held: Iterable[Any] = ()
+        if isinstance(current, types.FunctionType):
+            held = [cell.cell_contents for cell in current.__closure__ or () if _is_full(cell)]
+        elif not isinstance(current, types.BuiltinFunctionType):
+            held = list((_attribute(current, "__dict__") or {}).values())
+        queue.extend(item for item in held if callable(item) or isinstance(item, (property, staticmethod, classmethod)))
+    return found
+
+
+def _attribute(value: Any, name: str) -> Any:
+    try:
+        return getattr(value, name, None)
+    except Exception:  # whatever a stranger's __getattr__ raises
+        return None
+
+
+def _is_full(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:
+        return False
+
+
+def find_member(module: types.ModuleType, name: str, *, code_of: CodeOf | None = None) -> Member:
+    """The member of a module that a dotted name means.
+
+    Args:
+        module: The module.
+        name: "function", "Class", "Class.method", "function.inner", and so on.
+        code_of: Original code of a function, where it may be patched at present.
+
+    Returns:
+        The member.
+
+    Raises:
+        PatchError: There is no such member, it is inherited, or its source is not to be had.
+    """
+    code_of = code_of or (lambda function: function.__code__)
+    where = f"{module.__name__}:{name}"
+    holder: Any = module
+    parts = name.split(".")
+    for depth, part in enumerate(parts):
+        if isinstance(holder, type):
+            if part not in vars(holder):
+                raise PatchError(_unknown(module, holder, parts[: depth + 1]))
+            holder = vars(holder)[part]
+        elif isinstance(holder, types.ModuleType):
+            if not hasattr(holder, part):
+                raise PatchError(_unknown(module, holder, parts[: depth + 1]))
+            holder = getattr(holder, part)
+        else:
+            return _inner(_function_member(".".join(parts[:depth]), holder, code_of, where), parts[depth:], where)
+    if isinstance(holder, type):
+        return _class_member(name, holder, code_of, where)
+    return _function_member(name, holder, code_of, where)
+
+
+def _function_member(name: str, holder: Any, code_of: CodeOf, where: str) -> Member:
+    accessors = [holder.fget, holder.fset, holder.fdel] if isinstance(holder, property) else [holder]
+    upstream: Upstream | None = None
+    nodes: list[ast.AST] = []
+    for accessor in accessors:
+        function = _innermost(accessor, name.rpartition(".")[2], code_of) if accessor is not None else None
+        if function is None:
+            continue
+        code = code_of(function)
+        upstream = read_upstream(code.co_filename, function.__globals__, where=where)
+        node = upstream.definition(code)
+        if node is None:
+            raise PatchError(stale(where, upstream))
+        nodes.append(node)
+    if upstream is None:
+        raise PatchError(
+            four_part(
+                f"{where} ({type(holder).__name__}) holds no Python function",
+                expected="a function, method or class written in Python, or a wrapper that holds one.",
+                fix="patch what it calls instead.",
+            )
+        )
+    return Member(name, upstream, nodes, holder)
+
+
+def _innermost(holder: Any, name: str, code_of: CodeOf) -> types.FunctionType | None:
+    """The function a holder is about: the last in the chain of wrappers, or else the one of that name."""
+    functions = reachable_functions(holder)
+    chain: list[types.FunctionType] = []
+    current: Any = holder
+    while current is not None and len(chain) < _MOST_OBJECTS:
+        if isinstance(current, types.FunctionType):
+            chain.append(current)
+        current = next((link for link in (_attribute(current, part) for part in _LINKS) if link is not None), None)
+    named = [function for function in functions if code_of(function).co_name == name]
+    if chain and (chain[-1] in named or not named):
+        return chain[-1]
+    return (named or functions or [None])[-1]
+
+
+def stale(where: str, upstream: Upstream) -> str:
+    """The message for running code that its source file does not hold."""
+    return four_part(
+        f"The code that runs is not what {upstream.name} says",
+        where=where,
+        expected="a module whose source is as it was when the module was imported.",
+        fix="start Python again (or importlib.reload the module) if the file changed since; a function that another "
+        "tool rewrote cannot be patched.",
+    )
+
+
+def _class_member(name: str, cls: type, code_of: CodeOf, where: str) -> Member:
+    module = sys.modules.get(cls.__module__)
+    codes = [code_of(function) for raw in list(vars(cls).values()) for function in reachable_functions(raw)]
+    own = [code for code in codes if code.co_qualname.rpartition(".")[0] == cls.__qualname__]
+    filename = own[0].co_filename if own else getattr(module, "__file__", None) or ""
+    upstream = read_upstream(filename, vars(module) if module else {}, where=where)
+    nodes = [
+        node
+        for node in upstream.places
+        if isinstance(node, ast.ClassDef) and upstream.qualname(node) == cls.__qualname__
+    ]
+    if len(nodes) > 1:
+        # Defined twice, say under `if` and `else`: the one whose methods are alive.
+        defined = {upstream.definition(code) for code in own}
+        nodes = [node for node in nodes if any(item in defined for item in ast.walk(node))] or nodes
+    if not nodes:
+        raise PatchError(stale(where, upstream))
+    return Member(name, upstream, [nodes[-1]], cls, nodes[-1])
+
+
+def _inner(member: Member, parts: Sequence[str], where: str) -> Member:
+    """The definition inside a function that the rest of a dotted name means."""
+    nodes = list(member.nodes)
+    for part in parts:
+        inner = [
+            item
+            for node in nodes
+            for item in ast.walk(node)
+            if isinstance(item, (*DEFS, ast.ClassDef)) and item is not node and item.name == part
+        ]
+        if not inner:
+            raise PatchError(
+                four_part(
+                    f"Unknown member {part!r}",
+                    where=f"{where} ({member.upstream.at(nodes[0])})",
+                    names=sorted({i.name for n in nodes for i in ast.walk(n) if isinstance(i, (*DEFS, ast.ClassDef))}),
+                    given=part,
+                    fix="use the name of a function defined inside this one.",
+                )
+            )
+        nodes = inner
+    return Member(".".join([member.name, *parts]), member.upstream, nodes, member.holder)
+
+
+def _unknown(module: types.ModuleType, holder: Any, parts: Sequence[str]) -> str:
+    path, part = ".".join(parts), parts[-1]
+    if isinstance(holder, type):
+        for base in holder.__mro__[1:]:
+            if part in vars(base):
+                return four_part(
+                    f"Member {path!r} of {module.__name__} is inherited",
+                    where=f"{base.__module__}.{base.__qualname__}",
+                    expected="a method that the class defines itself: all classes that inherit it see the patch.",
+                    fix=f"patch {base.__qualname__}.{part} in {base.__module__}.",
+                )
+    names = [key for key, value in vars(holder).items() if _is_patchable(value, module, holder)]
+    where = module.__name__ if holder is module else f"{module.__name__}:{'.'.join(parts[:-1])}"
+    return four_part(
+        f"Unknown member {path!r}",
+        where=where,
+        names=sorted(names),
+        given=part,
+        fix="use the name of a function, class or method that is there.",
+    )
+
+
+def _is_patchable(value: Any, module: types.ModuleType, holder: Any) -> bool:
+    if not (inspect.isroutine(value) or isinstance(value, (type, property, functools.cached_property))):
+        return False
+    return holder is not module or getattr(value, "__module__", None) == module.__name__
