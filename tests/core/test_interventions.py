@@ -108,9 +108,11 @@ def test_a_python_number_takes_the_dtype_of_a_scalar_site(number: float) -> None
     assert float(result) == float(number)
 
 
-def test_a_truth_value_is_no_number() -> None:
-    assert "bool[] was given" in refusal(same_form, jnp.bfloat16(3.0), True, where="0.q")
-    assert same_form(jnp.bool_(False), True, where="0.q") is True
+@pytest.mark.parametrize(("site", "number"), [(jnp.int32(1), 15.0), (jnp.bool_(True), 0), (jnp.bfloat16(3), True)])
+def test_a_python_number_may_stand_for_its_equal_in_another_dtype(site: jax.Array, number: float) -> None:
+    result = jnp.asarray(same_form(site, number, where="0.q"))
+    assert result.dtype == site.dtype
+    assert result == jnp.asarray(number, site.dtype)
 
 
 def test_a_pytree_keeps_its_structure(value: jax.Array) -> None:
