@@ -32,7 +32,8 @@ STYLE = """
 .plot { overflow-x: auto; }
 .plot svg { display: block; }
 .plot text { fill: var(--quiet); font-size: 11px; font-variant-numeric: tabular-nums; }
-.plot text.value { fill: var(--ink); font-size: 11px; }
+.plot text.value { fill: var(--ink); stroke: var(--surface); stroke-width: 3px; paint-order: stroke;
+  pointer-events: none; }
 .plot .bar { cursor: default; }
 .plot .hit { fill: transparent; }
 .plot g:hover .bar, .plot g.here .bar { filter: brightness(1.15); stroke: var(--ink); stroke-width: 1; }
@@ -64,16 +65,17 @@ const COLOURS = ["var(--series-1)", "var(--series-2)", "var(--accent)", "var(--q
 const nLayers = DATA.layers.length, nSeries = DATA.series.length;
 
 const slot = Math.max(16 * nSeries, Math.min(64, 1080 / nLayers)), thick = Math.min(24, 0.8 * slot / nSeries);
-const left = 56, top = 14, height = 320, width = left + slot * nLayers + 16, middle = top + height / 2;
-const y = (value) => middle - height / 2 * Math.max(-1, Math.min(1, value / DATA.limit));
+const left = 56, top = 14, height = 320, width = left + slot * nLayers + 16;
+const [low, high] = DATA.range;
+const y = (value) => top + height * (high - Math.max(low, Math.min(high, value))) / (high - low);
 const plot = byId("plot");
 plot.setAttribute("width", width);
 plot.setAttribute("height", top + height + 40);
 
-// Round steps: 1, 2 or 5 times a power of ten, four or so to each side.
-const rough = DATA.limit / 4, power = 10 ** Math.floor(Math.log10(rough));
+// Round steps: 1, 2 or 5 times a power of ten, six or so in all.
+const rough = (high - low) / 6, power = 10 ** Math.floor(Math.log10(rough));
 const step = power * [1, 2, 5, 10].find((factor) => factor * power >= rough);
-for (let k = -Math.floor(DATA.limit / step); k * step <= DATA.limit; k++) {
+for (let k = Math.ceil(low / step); k * step <= high; k++) {
   const at = y(k * step);
   plot.append(svg("line", { x1: left, x2: width - 8, y1: at, y2: at,
     stroke: k === 0 ? "var(--quiet)" : "var(--line)" }));
@@ -102,6 +104,7 @@ function tell(bar) {
   byId("told").replaceChildren(make("b", bar.layer + "." + bar.name), " zeroed: " + signed(bar.effect) +
     ", from " + plain(DATA.clean) + " to " + plain(DATA.clean + bar.effect));
 }
+const labels = svg("g", {});
 all.forEach((bar, order) => {
   const x = left + slot * (bar.i + 0.5) + (bar.s - nSeries / 2) * thick, end = y(bar.effect), zero = y(0);
   bar.group = svg("g", {});
@@ -109,19 +112,19 @@ all.forEach((bar, order) => {
     svg("rect", { class: "bar", x: x + 1, width: thick - 2, y: Math.min(end, zero),
       height: Math.max(0.5, Math.abs(end - zero)), rx: 1.5, fill: COLOURS[bar.s % COLOURS.length] }),
     svg("rect", { class: "hit", x, width: thick, y: top, height }));
-  const isCut = Math.abs(bar.effect) > DATA.limit;
-  if (isCut || order < 4) {
-    // A bar that is cut off carries its value beside its end, where there is room.
-    const right = bar.i < nLayers / 2, below = bar.effect < 0;
-    bar.group.append(isCut
-      ? svg("text", { class: "value", x: right ? x + thick + 3 : x - 3, "text-anchor": right ? "start" : "end",
-        y: end + (below ? -3 : 11) }, signed(bar.effect))
-      : svg("text", { class: "value", x: x + thick / 2, "text-anchor": "middle", y: end + (below ? 13 : -5) },
-        signed(bar.effect)));
-  }
-  bar.group.addEventListener("mouseenter", () => tell(bar));
   plot.append(bar.group);
+  bar.group.addEventListener("mouseenter", () => tell(bar));
+  const isCut = bar.effect < low || bar.effect > high;
+  if (!isCut && order >= 4) return;
+  // A bar that is cut off carries its value beside its end, where there is room.
+  const right = bar.i < nLayers / 2, below = bar.effect < 0;
+  labels.append(isCut
+    ? svg("text", { class: "value", x: right ? x + thick + 3 : x - 3, "text-anchor": right ? "start" : "end",
+      y: end + (below ? -3 : 11) }, signed(bar.effect))
+    : svg("text", { class: "value", x: x + thick / 2, "text-anchor": "middle", y: end + (below ? 13 : -5) },
+      signed(bar.effect)));
 });
+plot.append(labels);
 
 const head = byId("table").createTHead().insertRow();
 for (const [text, cls] of [["site", ""], ["effect", "right"], ["metric", "right"]]) head.append(make("th", text, cls));

@@ -70,21 +70,22 @@ def effects_by_name(result: LayerEffectsResult, *, row: int = 0) -> tuple[list[i
     return layers, {name: [by_place.get((layer, name)) for layer in layers] for name in names}
 
 
-def axis_limit(series: dict[str, list[float | None]]) -> float:
-    """How far the axis reaches from zero: to the longest bar, unless that would dwarf all but two.
+def axis_range(series: dict[str, list[float | None]]) -> tuple[float, float]:
+    """The range of the axis: the longest bar to each side, unless that would dwarf all but two.
 
     Args:
         series: Effects by name.
 
     Returns:
-        A positive number.
+        A negative and a positive number.
     """
-    sizes = sorted(
-        (abs(effect) for effects in series.values() for effect in effects if effect is not None), reverse=True
-    )
+    effects = np.array([effect for row in series.values() for effect in row if effect is not None])
+    sizes = np.sort(np.abs(effects))[::-1]
     third = sizes[min(2, len(sizes) - 1)]
-    longest = min(sizes[0], _CUT * third) if third > 0 else sizes[0]
-    return 1.12 * longest or 1.0
+    limit = (min(sizes[0], _CUT * third) if third > 0 else sizes[0]) or 1.0
+    # Some room to each side for the values of the longest bars.
+    low, high = max(-limit, min(0.0, effects.min())), min(limit, max(0.0, effects.max()))
+    return float(low - 0.12 * limit), float(high + 0.12 * limit)
 
 
 def effects_figure(
@@ -136,7 +137,8 @@ def effects_figure(
 
 
 def _draw_bars(axes: Axes, layers: list[int], series: dict[str, list[float | None]], n_labels: int) -> None:
-    limit = axis_limit(series)
+    low, high = axis_range(series)
+    axes.set_ylim(low, high)
     thickness = 0.8 / len(series)
     drawn = []
     for index, (name, effects) in enumerate(series.items()):
@@ -144,22 +146,12 @@ def _draw_bars(axes: Axes, layers: list[int], series: dict[str, list[float | Non
         values = np.array([np.nan if effect is None else effect for effect in effects])
         places = np.arange(len(layers)) + offset
         colour = SERIES[index % len(SERIES)]
-        axes.bar(places, np.clip(values, -limit, limit), 0.9 * thickness, color=colour, label=name, zorder=2)
+        axes.bar(places, np.clip(values, low, high), 0.9 * thickness, color=colour, label=name, zorder=2)
         drawn += [(abs(value), place, value) for place, value in zip(places, values, strict=True) if np.isfinite(value)]
     strongest = sorted(drawn, reverse=True)[:n_labels]
-    for size, place, value in dict.fromkeys(strongest + [bar for bar in drawn if bar[0] > limit]):
-        sign = 1 if value > 0 else -1
-        text = f"{value:+.2f}".replace("-", "−")
-        style: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": INK}
-        if size <= limit:
-            axes.annotate(text, (place, value), xytext=(0, 8 * sign), ha="center", **style)
-        else:
-            # A bar that is cut off carries its value beside its end, where there is room.
-            side = 1 if place < len(layers) / 2 else -1
-            at = (place + side * thickness / 2, sign * limit)
-            axes.annotate(text, at, xytext=(3 * side, -6 * sign), ha="left" if side > 0 else "right", **style)
+    for _, place, value in dict.fromkeys(strongest + [bar for bar in drawn if not low <= bar[2] <= high]):
+        _label_bar(axes, place, value, thickness=thickness, is_left=place < len(layers) / 2)
     axes.axhline(0, color=QUIET, linewidth=0.8, zorder=3)
-    axes.set_ylim(-limit * 1.06, limit * 1.06)
     axes.set_xlim(-0.7, len(layers) - 0.3)
     axes.set_xticks(np.arange(len(layers)), [str(layer) for layer in layers], fontsize=8, color=INK)
     axes.tick_params(axis="y", labelsize=8, labelcolor=INK, length=0)
@@ -168,6 +160,32 @@ def _draw_bars(axes: Axes, layers: list[int], series: dict[str, list[float | Non
     axes.spines[:].set_visible(False)
     axes.set_xlabel("layer", fontsize=9, color=QUIET)
     axes.set_ylabel("effect (zeroed − clean)", fontsize=9, color=QUIET)
+
+
+def _label_bar(axes: Axes, place: float, value: float, *, thickness: float, is_left: bool) -> None:
+    """A bar's value at its end, or beside the end of a bar that is cut off, where there is room."""
+    from matplotlib.patheffects import withStroke
+
+    low, high = axes.get_ylim()
+    sign = 1 if value > 0 else -1
+    at, offset, align = (place, value), (0, 8 * sign), "center"
+    if not low <= value <= high:
+        side = 1 if is_left else -1
+        at = (place + side * thickness / 2, low if value < 0 else high)
+        offset, align = (3 * side, -6 * sign), "left" if is_left else "right"
+    label = axes.annotate(
+        f"{value:+.2f}".replace("-", "−"),
+        at,
+        xytext=offset,
+        textcoords="offset points",
+        ha=align,
+        va="center",
+        fontsize=8,
+        color=INK,
+        zorder=5,
+    )
+    # Neighbouring bars may reach behind the number.
+    label.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
 
 
 def effects_page(
@@ -197,7 +215,7 @@ def effects_page(
             for name, effects in series.items()
         ],
         "clean": float(f"{result.clean[row]:.5g}"),
-        "limit": axis_limit(series),
+        "range": axis_range(series),
     }
     body = BODY.format(
         heading=escape(heading), text=escape(text), metric=escape(metric), clean=f"{result.clean[row]:.3f}"

@@ -11,7 +11,7 @@ import pytest
 
 from interp_jax.core.errors import InvalidInputError
 from interp_jax.core.sites import Site
-from interp_jax.figures.layer_effects import axis_limit, effects_by_name, effects_figure, effects_page
+from interp_jax.figures.layer_effects import axis_range, effects_by_name, effects_figure, effects_page
 from interp_jax.methods.layer_effects import LayerEffectsResult
 
 SITES = tuple(Site(layer, name) for layer in range(5) for name in ("attn_out", "mlp_out"))
@@ -58,19 +58,26 @@ def test_bars_reach_their_values_and_the_huge_one_is_cut(result):
     axes = figure.axes[0]
     heights = [bar.get_height() for container in axes.containers for bar in container]  # type: ignore[attr-defined]
     expected = np.concatenate([result.table("attn_out")[:, 0], result.table("mlp_out")[:, 0]])
-    limit = axis_limit(effects_by_name(result)[1])
-    assert limit < 5
-    np.testing.assert_allclose(heights, np.clip(expected, -limit, limit), rtol=1e-6)
+    low, high = axis_range(effects_by_name(result)[1])
+    assert -5 < low < 0 < high < 5
+    np.testing.assert_allclose(heights, np.clip(expected, low, high), rtol=1e-6)
     labels = [text.get_text() for text in axes.texts]
     assert len(labels) == 2
     assert "−50.00" in labels
 
 
-def test_the_axis_reaches_the_longest_bar_unless_it_dwarfs_the_others():
-    assert axis_limit({"a": [1.0, -2.0, 1.5]}) == pytest.approx(2.24)
-    assert axis_limit({"a": [1.0, -100.0], "b": [1.2, None]}) == pytest.approx(1.12 * 2.5)
-    assert axis_limit({"a": [0.0, 0.0]}) == 1.0
-    assert axis_limit({"a": [-3.0]}) == pytest.approx(3.36)
+@pytest.mark.parametrize(
+    ("series", "low", "high"),
+    [
+        ({"a": [1.0, -2.0, 1.5]}, -2.24, 1.74),
+        ({"a": [1.0, -100.0], "b": [1.2, None]}, -2.8, 1.5),
+        ({"a": [3.0, 2.0, 1.0]}, -0.3, 2.8),
+        ({"a": [0.0, 0.0]}, -0.12, 0.12),
+        ({"a": [-3.0]}, -3.36, 0.36),
+    ],
+)
+def test_the_axis_reaches_the_longest_bar_unless_it_dwarfs_the_others(series, low, high):
+    assert axis_range(series) == pytest.approx((low, high))
 
 
 def test_rows_and_sites_that_cannot_be_drawn_are_refused(result):
