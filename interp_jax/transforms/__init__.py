@@ -1,0 +1,6 @@
+"""Transforms: function to function. Nothing here knows a model or a method.
+
+Reading order: greenlets, patcher, harvest, running_pass.
+
+Source: interp_jax.
+"""

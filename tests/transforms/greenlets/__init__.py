@@ -1,0 +1,4 @@
+"""Tests of interp_jax.transforms.greenlets.
+
+Source: interp_jax.
+"""
