@@ -128,14 +128,11 @@ def test_what_a_model_says_of_itself(directory: Path):
 
 
 def test_all_misfits_are_named_at_once(directory: Path):
-    def change(tensors: dict[str, np.ndarray]) -> None:
-        names = sorted(name for name in tensors if tensors[name].ndim == 2)
-        tensors[names[0]] = np.ones((2, 3), np.float32)
-        tensors["stranger"] = tensors.pop(names[1])
-        change.names = names[:2]  # type: ignore[attr-defined]
-
-    change_weights(directory, change)
-    misshapen, missing = change.names  # type: ignore[attr-defined]
+    tensors = load_file(directory / "model.safetensors")
+    misshapen, missing, *_ = sorted(name for name in tensors if tensors[name].ndim == 2)
+    tensors[misshapen] = np.ones((2, 3), np.float32)
+    tensors["stranger"] = tensors.pop(missing)
+    save_file(tensors, directory / "model.safetensors")
     words = refusal(directory)
     assert words.startswith(f"Weights that do not fit the configuration in {directory}\n")
     assert f"    missing (1): {missing}\n" in words

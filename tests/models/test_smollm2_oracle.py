@@ -50,7 +50,7 @@ def test_weights_are_those_transformers_reads_to_the_bit(recorded: Mapping[str, 
     differ = [
         name
         for name, crc32 in zip(names, recorded["weight_crc32"].tolist(), strict=True)
-        if zlib.crc32(np.ascontiguousarray(tensors[name])) != crc32
+        if zlib.crc32(np.ascontiguousarray(tensors[name]).data) != crc32
     ]
     assert differ == []
 

@@ -57,7 +57,13 @@ NEUTRAL_KEYS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
-    """A tensor in a file: its shape and dtype are known, its values are read by `read()`."""
+    """A tensor in a file: its shape and dtype are known, its values are not in memory.
+
+    Attributes:
+        shape: Its shape.
+        dtype: The dtype it has once read.
+        read: Reads its values.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -76,7 +82,14 @@ class Tensors(Mapping[str, np.ndarray]):
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Tensors:
-        """Tensors that are in memory already."""
+        """Tensors that are in memory already.
+
+        Args:
+            arrays: The tensors by name.
+
+        Returns:
+            The same, as a mapping that knows shapes.
+        """
         entries = {}
         for name, array in arrays.items():
             entries[name] = LazyTensor(array.shape, array.dtype, lambda array=array: array)
@@ -161,6 +174,9 @@ class Checkpoint:
         Args:
             ignorable: Glob patterns of tensors that may be left over, such as "*.attn.bias" (mask buffers).
             optional_prefix: A prefix of the canonical names that the file may lack, such as "transformer.".
+
+        Returns:
+            The context, for `with checkpoint.intake() as intake:`.
         """
         return Intake(self, ignorable=tuple(ignorable), optional_prefix=optional_prefix)
 
@@ -212,7 +228,15 @@ class Intake:
         return values
 
     def take_if_present(self, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
-        """As `take`, but None when there is no such tensor (an untied `lm_head.weight`, an optional bias)."""
+        """As `take`, but None when there is no such tensor (an untied `lm_head.weight`, an optional bias).
+
+        Args:
+            name: Its canonical name.
+            shape: The shape it has if it is there.
+
+        Returns:
+            The values, or None.
+        """
         return None if self._find(name) is None else self.take(name, shape)
 
     def finish(self) -> None:

@@ -103,7 +103,7 @@ def open_file(path: Path) -> GgufFile:
     try:
         if path.stat().st_size < 24:
             raise _DamageError("it is shorter than the shortest header")
-        data = np.memmap(path, dtype=np.uint8, mode="r")
+        data = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)  # whose slices are cheaper
         cursor = _Cursor(data)
         metadata, entries = _parsed(cursor)
     except _DamageError as damage:
