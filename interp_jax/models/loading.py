@@ -20,6 +20,7 @@ Source: interp_jax.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 from collections.abc import Mapping
@@ -94,7 +95,8 @@ def load(name_or_path: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> L
             )
         )
     family = importlib.import_module(FAMILIES[checkpoint.family])
-    return family.from_checkpoint(checkpoint, dtype=dtype)
+    lm = family.from_checkpoint(checkpoint, dtype=dtype)
+    return dataclasses.replace(lm, name=Path(name_or_path).name)
 
 
 def read_checkpoint(name_or_path: str | os.PathLike[str]) -> Checkpoint:
