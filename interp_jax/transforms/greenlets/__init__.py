@@ -30,7 +30,7 @@ Sharp edges
   invisible to the garbage collector. Use `with loop(...)`, or call `close()`; at the latest, the end of the body that
   started it closes it.
 - A body sees a copy of its starter's context variables; what it sets is not seen outside. It does not see the
-  exception its consumer is handling (`sys.exception()` is its own).
+  exception that its consumer is handling: `sys.exception()` and the context of new exceptions are its own.
 - Thread-local state, such as a JAX configuration context, opened in a body stays in force for the consumer while the
   body is suspended. `local_context` prevents that.
 - A generator belongs to the thread that started it. When that thread ends, a suspended body is dropped without running

@@ -130,14 +130,15 @@ class GreenletGenerator(Generator[Any, Any, Any]):
         """Raises GeneratorExit at the `yield_` that the body waits at, and expects it to end."""
         return self._resume(self._driver.close)
 
-    def unwind(self) -> None:
-        """Closes the generators started here after it, the last first, and then itself: how a `with` block ends."""
+    def close_later(self) -> None:
+        """Closes the generators that were started after it by the same code, the last first."""
         scope = current_scope()
-        try:
-            if self._driver in scope.live:
+        if self._driver in scope.live:
+            scope.leave()
+            try:
                 scope.close_live(above=self._driver)
-        finally:
-            self.close()
+            finally:
+                scope.come_back()
 
     def _resume(self, method: Callable[..., Any], *args: Any) -> Any:
         """Calls a method of the driver if this generator is on top of the running greenlet's stack."""

@@ -101,9 +101,11 @@ class Loop(Iterator[Any]):
         return self
 
     def __exit__(self, *error: object) -> None:
-        if isinstance(self._generator, GreenletGenerator):
-            self._generator.unwind()
-        self.close()
+        try:
+            if isinstance(self._generator, GreenletGenerator):
+                self._generator.close_later()
+        finally:
+            self.close()
 
 
 def loop(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Loop:

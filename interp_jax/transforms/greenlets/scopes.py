@@ -51,16 +51,12 @@ class Scope:
             self.orphans.discard(self.live.pop())
 
     def close_live(self, above: GeneratorType[Any, Any, Any] | None = None) -> None:
-        """Closes the stack, or what lies above one driver: the one started last first, and all even if one raises."""
-        start = 0 if above is None else self.live.index(above) + 1
-        if not self.live[start:]:
-            return
-        with contextlib.ExitStack() as closing:
-            self.leave()
-            closing.callback(self.come_back)
-            for driver in self.live[start:]:
-                closing.callback(driver.close)
-            del self.live[start:]
+        """Closes the stack, or what lies above one driver on it: the one started last first, all even if one raises."""
+        if self.live and self.live[-1] is not above:
+            try:
+                self.live.pop().close()
+            finally:
+                self.close_live(above)
 
     def leave(self) -> None:
         """Closes the local contexts, innermost first, before control leaves; opens them again if one raises."""
