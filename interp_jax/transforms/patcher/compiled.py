@@ -60,14 +60,15 @@ class CompiledFile:
         stamp = hashlib.sha256(f"{upstream.filename}\n{text}".encode()).hexdigest()[:12]
         self.filename = _publish(upstream, text, stamp)
         self._codes: dict[int, dict[ast.AST, types.CodeType]] = {}
+        self._nodes: dict[int, list[ast.AST]] = {}
 
     def node(self, original: ast.AST) -> Any:
         """The patched definition that an original one has become."""
         offset = self.spliced.moved(self.upstream.source.start(original))
-        source, tree = self.spliced.source, self._top_level(original)
+        source = self.spliced.source
         candidates = [
             node
-            for node in ast.walk(tree)
+            for node in self._definitions(original)
             if type(node) is type(original)
             and getattr(node, "name", None) == getattr(original, "name", None)
             and source.start(node) >= offset
@@ -105,11 +106,18 @@ class CompiledFile:
         # Edits never change the number of top-level statements: they are inside members.
         return self.spliced.tree.body[self.upstream.top_level(original)]
 
+    def _definitions(self, original: ast.AST) -> list[ast.AST]:
+        """Classes, functions and lambdas in the same top-level statement as an original definition."""
+        index = self.upstream.top_level(original)
+        if index not in self._nodes:
+            self._nodes[index] = definitions(self._top_level(original), (*DEFS, ast.Lambda, ast.ClassDef))
+        return self._nodes[index]
+
     def _compiled(self, original: ast.AST) -> dict[ast.AST, types.CodeType]:
         index = self.upstream.top_level(original)
         if index not in self._codes:
             statement = self._top_level(original)
-            nodes = definitions(statement)
+            nodes = [node for node in self._definitions(original) if not isinstance(node, ast.ClassDef)]
             # With the module's imports: Python calls `module.function()` in another way than `object.method()`.
             others = (*DEFS, ast.ClassDef)
             needed = [node for node in self.spliced.tree.body if node is statement or not isinstance(node, others)]

@@ -144,6 +144,8 @@ def _function_changes(
         code = file.code_with_references(target.node, [name for name in has if name not in code.co_freevars])
     if code.co_freevars != has:
         raise PatchError(_lost_free_variables(target, set(has) - set(code.co_freevars)))
+    for cache in target.caches:
+        add(cache, cache)
     is_checked = False
     for reference in target.functions:
         function = reference()

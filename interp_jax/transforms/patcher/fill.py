@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import io
 import tokenize
 from collections.abc import Collection, Sequence
@@ -142,6 +143,7 @@ def _placeholder_edits(
     places = parents(tree)
     edits: _Edits = []
     dropped: set[int] = set()
+    tokens = _placeholder_tokens(own)
     for node, place in places.items():
         run, name = run_name(node), any_name(node)
         if run is not None:
@@ -155,30 +157,45 @@ def _placeholder_edits(
             else:
                 dropped.add(own.line(start))
         elif name is not None and isinstance(node, ast.Name):
-            edits.append((*own.span(node), _captured_expression(captures[name], place, source)))
+            start, end = own.span(node)
+            _, is_in_brackets = tokens[start]
+            edits.append((start, end, _captured_expression(captures[name], place, source, is_in_brackets)))
     starts = {start for start, _, _ in edits}
-    rows = own.text.split("\n")
-    for token in _tokens(own.text):
+    for at, (identifier, _) in tokens.items():
         # What is left Python read as bare names: attributes, arguments, keywords, definitions.
-        name = any_name(token.string) if token.type == tokenize.NAME else None
-        row, column = token.start
-        at = own.line_start(row) + len(rows[row - 1][:column].encode()) if name is not None else -1
+        name = any_name(identifier)
         if name is not None and at not in starts:
-            edits.append((at, at + len(token.string.encode()), _bare_name(name, captures)))
+            edits.append((at, at + len(identifier.encode()), _bare_name(name, captures)))
     return edits, dropped
 
 
-def _captured_expression(value: Any, place: Place, source: SourceText) -> str:
+def _placeholder_tokens(own: SourceText) -> dict[int, tuple[str, bool]]:
+    """Placeholders by their byte offset: the identifier that stands for them, and whether brackets are around it."""
+    rows = own.text.split("\n")
+    found: dict[int, tuple[str, bool]] = {}
+    depth = 0
+    for token in _tokens(own.text):
+        if token.type == tokenize.OP:
+            depth += (token.string in "([{") - (token.string in ")]}")
+        elif token.type == tokenize.NAME and any_name(token.string) is not None:
+            row, column = token.start
+            at = own.line_start(row) + len(rows[row - 1][:column].encode())
+            found[at] = (token.string, depth > 0)
+    return found
+
+
+def _captured_expression(value: Any, place: Place, source: SourceText, is_in_brackets: bool) -> str:
     if isinstance(value, str):
         return value
     text = source.text_of(value)
     is_root = isinstance(place.parent, ast.Module)
-    return f"({text})" if wants_parentheses(value, None if is_root else place, text) else text
+    is_wanted = wants_parentheses(value, None if is_root else place, text, is_in_brackets=is_in_brackets)
+    return f"({text})" if is_wanted else text
 
 
-def wants_parentheses(node: ast.AST, place: Place | None, text: str) -> bool:
+def wants_parentheses(node: ast.AST, place: Place | None, text: str, *, is_in_brackets: bool = False) -> bool:
     """Whether the text of an expression must be parenthesised at a place, because of precedence or line breaks."""
-    if "\n" in text and not _stands_alone(text):
+    if "\n" in text and not is_in_brackets and not _stands_alone(text):
         return True
     return needs_parentheses(node, place) and not (isinstance(node, ast.Tuple) and text.startswith("("))
 
@@ -242,6 +259,7 @@ def lines_in_strings(text: str) -> frozenset[int]:
     return frozenset(inside)
 
 
+@functools.lru_cache(maxsize=32)
 def logical_line_ends(text: str) -> list[int]:
     """Numbers of the lines on which a logical line ends, after which blank lines change nothing."""
     return [token.start[0] for token in _tokens(text) if token.type == tokenize.NEWLINE]

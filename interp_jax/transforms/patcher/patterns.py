@@ -253,6 +253,12 @@ def _statements(source: str, text: str, role: str) -> tuple[str, Sequence[ast.AS
 
 def _check_placeholders(nodes: Sequence[ast.AST], text: str, role: str, *, is_pattern: bool) -> None:
     """Refuse patterns that would match anything, and runs of statements where Python wants something else."""
+    if is_pattern and all(_PLACEHOLDERS.fullmatch(ast.unparse(node)) for node in nodes):
+        _refuse(
+            f"The pattern {shown(text)} has no code in it",
+            "at least one piece of upstream's code.",
+            fix="write the code to find; placeholders alone match everything.",
+        )
     tree = ast.Module(list(nodes), [])  # type: ignore[arg-type]
     in_place = {node.value for node, _ in walk(tree) if isinstance(node, ast.Expr) and run_name(node) is not None}
     for node, _ in walk(tree):
@@ -263,12 +269,6 @@ def _check_placeholders(nodes: Sequence[ast.AST], text: str, role: str, *, is_pa
                 "$$ on a line of its own, where it is a run of statements.",
                 fix="use $name for an expression.",
             )
-    if is_pattern and all(run_name(node) is not None or any_name(node) is not None for node in nodes):
-        _refuse(
-            f"The pattern {shown(text)} has no code in it",
-            "at least one piece of upstream's code.",
-            fix="write the code to find; placeholders alone match everything.",
-        )
 
 
 def _refuse(what: str, expected: str, *, fix: str = "write the patch in this form.") -> NoReturn:

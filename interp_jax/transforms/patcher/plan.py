@@ -17,6 +17,7 @@ Source: interp_jax.
 from __future__ import annotations
 
 import ast
+import functools
 import gc
 import types
 import weakref
@@ -28,6 +29,7 @@ from interp_jax.core.errors import PatchError, four_part
 from interp_jax.transforms.patcher.match import find, near_misses
 from interp_jax.transforms.patcher.patterns import Patch, any_name, shown
 from interp_jax.transforms.patcher.render import Edit, render
+from interp_jax.transforms.patcher.slots import CacheSlot
 from interp_jax.transforms.patcher.syntax import DEFS, digest, first_line, normal, walk
 from interp_jax.transforms.patcher.upstream import (
     CodeOf,
@@ -35,6 +37,7 @@ from interp_jax.transforms.patcher.upstream import (
     Upstream,
     find_member,
     is_code_of,
+    reachable,
     reachable_functions,
 )
 
@@ -49,6 +52,7 @@ class FunctionTarget:
         node: The definition.
         original: The code object upstream's functions have.
         functions: Weak references to the functions.
+        caches: Those of `functools` that hold results of the functions.
         cls: The class it is a method of, if any.
         class_node: The definition of that class.
     """
@@ -58,6 +62,7 @@ class FunctionTarget:
     node: ast.AST
     original: types.CodeType
     functions: list[weakref.ref[types.FunctionType]]
+    caches: Sequence[CacheSlot]
     cls: type | None = None
     class_node: ast.ClassDef | None = None
 
@@ -254,10 +259,24 @@ def _add_function(plan: Plan, member: Member, node: ast.AST, code_of: CodeOf) ->
     class_node = member.class_node
     if cls is None and isinstance(above := member.upstream.places[node].parent, ast.ClassDef):
         cls, class_node = _class_of(functions[0], member.upstream, above), above
-    target = FunctionTarget(
-        name, member.upstream, node, code_of(functions[0]), list(map(weakref.ref, functions)), cls, class_node
+    plan.functions[node] = FunctionTarget(
+        name,
+        member.upstream,
+        node,
+        code_of(functions[0]),
+        [weakref.ref(function) for function in functions],
+        _caches(member.holder, functions),
+        cls,
+        class_node,
     )
-    plan.functions[node] = target
+
+
+def _caches(holder: Any, functions: Sequence[types.FunctionType]) -> list[CacheSlot]:
+    """The caches of functools between a holder and its functions."""
+    kind = type(functools.cache(lambda: None))
+    values = list(vars(holder).values()) if isinstance(holder, type) else [holder]
+    caches = [value for raw in values for value in reachable(raw) if type(value) is kind]
+    return [CacheSlot(cache) for cache in caches if any(f in functions for f in reachable_functions(cache))]
 
 
 def _class_of(function: types.FunctionType, upstream: Upstream, node: ast.ClassDef) -> type | None:

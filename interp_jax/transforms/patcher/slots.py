@@ -113,7 +113,30 @@ class GlobalSlot:
         return f"the name {self.name!r} in {self.namespace.get('__name__')}"
 
 
-Slot: TypeAlias = FunctionSlot | ClassSlot | GlobalSlot
+class CacheSlot:
+    """A `functools.cache` in front of a patched function: writing empties it, for what it holds was computed before."""
+
+    __slots__ = ("_cache", "key")
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = weakref.ref(cache)
+        self.key: Hashable = ("cache", id(cache))
+
+    def read(self) -> Any:
+        """Nothing to compare."""
+        return _GONE
+
+    def write(self, value: Any) -> None:
+        """Empties the cache."""
+        cache = self._cache()
+        if cache is not None:
+            cache.cache_clear()
+
+    def __str__(self) -> str:
+        return "a functools.cache"
+
+
+Slot: TypeAlias = FunctionSlot | ClassSlot | GlobalSlot | CacheSlot
 
 
 class Change(NamedTuple):

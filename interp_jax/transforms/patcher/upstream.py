@@ -125,9 +125,9 @@ def is_code_of(code: types.CodeType, node: ast.AST) -> bool:
     return isinstance(node, DEFS) and code.co_name == node.name and code.co_firstlineno == first_line(node)
 
 
-def definitions(tree: ast.AST) -> list[ast.AST]:
+def definitions(tree: ast.AST, kinds: tuple[type, ...] = (*DEFS, ast.Lambda)) -> list[ast.AST]:
     """All functions and lambdas of a tree."""
-    return [node for node in ast.walk(tree) if isinstance(node, (*DEFS, ast.Lambda))]
+    return [node for node in ast.walk(tree) if isinstance(node, kinds)]
 
 
 def definition(code: types.CodeType, among: Iterable[ast.AST]) -> ast.AST | None:
@@ -191,16 +191,18 @@ def reachable_functions(holder: Any) -> list[types.FunctionType]:
     Returns:
         The functions, outermost first.
     """
+    return [value for value in reachable(holder) if isinstance(value, types.FunctionType)]
+
+
+def reachable(holder: Any) -> list[Any]:
+    """All callables and descriptors an object holds, itself included, outermost first."""
     queue: deque[Any] = deque([holder])
     seen: dict[int, Any] = {}
-    found: list[types.FunctionType] = []
     while queue and len(seen) < _MOST_OBJECTS:
         current = queue.popleft()
         if id(current) in seen or isinstance(current, (type, types.ModuleType)):
             continue
         seen[id(current)] = current
-        if isinstance(current, types.FunctionType):
-            found.append(current)
         queue.extend(link for name in _LINKS if (link := _attribute(current, name)) is not None)
         held: Iterable[Any] = ()
         if isinstance(current, types.FunctionType):
@@ -208,7 +210,7 @@ def reachable_functions(holder: Any) -> list[types.FunctionType]:
         elif not isinstance(current, types.BuiltinFunctionType):
             held = list((_attribute(current, "__dict__") or {}).values())
         queue.extend(item for item in held if callable(item) or isinstance(item, (property, staticmethod, classmethod)))
-    return found
+    return list(seen.values())
 
 
 def _attribute(value: Any, name: str) -> Any:

@@ -1,0 +1,4 @@
+"""Tests of interp_jax.transforms.patcher.
+
+Source: interp_jax.
+"""
