@@ -13,10 +13,12 @@ Source: interp_jax.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -47,11 +49,8 @@ class Trace(NamedTuple):
     out_tree: Any
 
 
-_METHODS: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
-
-
 def trace_program(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
-    """Trace `fn(*args, **kwargs)`, or take the trace JAX still has of it.
+    """Trace `fn(*args, **kwargs)`, or take the trace made before.
 
     Args:
         fn: The function.
@@ -66,13 +65,80 @@ def trace_program(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     dynamic_args = [arg for i, arg in enumerate(args) if i not in static_argnums]
     dynamic_kwargs = {name: arg for name, arg in kwargs.items() if name not in static_argnames}
     values = jax.tree.leaves((dynamic_args, dynamic_kwargs))
+    traces = _traces_of(fn, static_argnums, static_argnames)
+    mark = None
+    if traces is not None and not any(isinstance(value, jax.core.Tracer) for value in values):
+        mark = traces.mark(args, kwargs)
+        if mark in traces.by_mark:
+            return Trace(traces.by_mark[mark][0], values, traces.by_mark[mark][1])
+    jitted = jax.jit(fn, static_argnums=static_argnums, static_argnames=static_argnames)
     with harvesting():
-        traced = _jitted(fn, static_argnums, static_argnames).trace(*args, **kwargs)
+        traced = jitted.trace(*args, **kwargs)
         closed, out_info = traced.jaxpr, traced.out_info
         if len(closed.jaxpr.invars) != len(values):
             # The function closes over values of a trace that is under way; `make_jaxpr` keeps those as constants.
             closed, out_info = _make_jaxpr(fn, args, kwargs, static_argnums, static_argnames)
-    return Trace(closed, values, jax.tree.structure(out_info))
+            mark = None
+    trace = Trace(closed, values, jax.tree.structure(out_info))
+    if traces is not None and mark is not None:
+        traces.keep(mark, trace)
+    return trace
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Mark:
+    """A number that a compiled function returns as part of its result's structure: reading it runs nothing."""
+
+    number: int
+
+
+class _Traces:
+    """The traces of one function, found by asking JAX whether it has seen these arguments before.
+
+    `jax.jit(...).trace` takes milliseconds for a model's parameters even when it finds what it knows. A compiled
+    function is told apart by the same things (types of the arguments, contexts, configuration) in microseconds: this
+    one does nothing, and returns a mark that was made when JAX traced it.
+    """
+
+    def __init__(self, static_argnums: tuple[int, ...], static_argnames: tuple[str, ...]):
+        self.by_mark: OrderedDict[_Mark, tuple[ClosedJaxpr, Any]] = OrderedDict()
+
+        # A function object of its own: JAX tells traces apart by it.
+        def new_mark(*args: Any, **kwargs: Any) -> _Mark:
+            return _Mark(next(_numbers))
+
+        self._probe = jax.jit(new_mark, static_argnums=static_argnums, static_argnames=static_argnames)
+
+    def mark(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Mark:
+        """The mark of these arguments: an old one where JAX would reuse a trace, else a new one."""
+        return self._probe(*args, **kwargs)
+
+    def keep(self, mark: _Mark, trace: Trace) -> None:
+        """Keep a trace under its mark; the oldest of many shapes leave."""
+        self.by_mark[mark] = (trace.closed, trace.out_tree)
+        while len(self.by_mark) > _MAX_TRACES:
+            self.by_mark.popitem(last=False)
+
+
+_MAX_TRACES = 64
+_numbers = itertools.count()
+_TRACES: weakref.WeakKeyDictionary[Any, dict[Any, _Traces]] = weakref.WeakKeyDictionary()
+
+
+def _traces_of(
+    fn: Callable[..., Any], static_argnums: tuple[int, ...], static_argnames: tuple[str, ...]
+) -> _Traces | None:
+    """Where the traces of a function are kept: beside it, or for a bound method beside the instance."""
+    owner, own_key = (fn.__self__, fn.__func__) if isinstance(fn, MethodType) else (fn, None)
+    try:
+        of_owner = _TRACES.setdefault(owner, {})
+    except TypeError:  # It cannot be hashed or weakly referenced.
+        return None
+    key = (own_key, static_argnums, static_argnames)
+    if key not in of_owner:
+        of_owner[key] = _Traces(static_argnums, static_argnames)
+    return of_owner[key]
 
 
 def _make_jaxpr(
@@ -109,33 +175,6 @@ def _is_static(arg: Any) -> bool:
             )
         ) from None
     return True
-
-
-def _jitted(fn: Callable[..., Any], static_argnums: tuple[int, ...], static_argnames: tuple[str, ...]) -> Any:
-    """`jax.jit(fn)`. JAX remembers traces by function object; a bound method is a new object at each access, so its
-    compiled form is kept beside the instance it is bound to."""
-    if not isinstance(fn, MethodType):
-        return jax.jit(fn, static_argnums=static_argnums, static_argnames=static_argnames)
-    try:
-        of_instance = _METHODS.setdefault(fn.__self__, {})
-    except TypeError:  # The instance cannot be hashed or weakly referenced.
-        return jax.jit(fn, static_argnums=static_argnums, static_argnames=static_argnames)
-    key = (fn.__func__, static_argnums, static_argnames)
-    if key not in of_instance:
-        of_instance[key] = jax.jit(_weak_method(fn), static_argnums=static_argnums, static_argnames=static_argnames)
-    return of_instance[key]
-
-
-def _weak_method(method: MethodType) -> Callable[..., Any]:
-    """The method as a function that does not keep its instance alive."""
-    reference = weakref.WeakMethod(method)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        target = reference()
-        assert target is not None  # The instance is the key under which this function is kept.
-        return target(*args, **kwargs)
-
-    return call
 
 
 def sites_of(closed: ClosedJaxpr) -> list[SiteRow]:

@@ -9,7 +9,7 @@ safe, and under the caller's own jit, grad or vmap every value the loop sees bel
 >>> from interp_jax.transforms.sowing import sow
 >>> closed = jax.make_jaxpr(lambda x: sow(x * 2.0, name="a") + 1.0)(1.0)
 >>> selected = frozenset({Site(None, "a")})
->>> steps = execute(build_plan(closed, selected), [3.0], selected)
+>>> steps = execute(build_plan(closed, frozenset({"a"})), [3.0], selected)
 >>> site, value = next(steps)
 >>> str(site), float(value)
 ('a', 6.0)
@@ -33,7 +33,7 @@ import jax
 
 from interp_jax.core.errors import UnsupportedModelError, four_part
 from interp_jax.core.sites import Site
-from interp_jax.transforms.jaxprs import site_of, source_line
+from interp_jax.transforms.jaxprs import evaluate, site_of, source_line
 from interp_jax.transforms.running_pass.plan import (
     Chunk,
     CondStep,
@@ -45,7 +45,7 @@ from interp_jax.transforms.running_pass.plan import (
     WhileStep,
 )
 from interp_jax.transforms.running_pass.programs import Slice, is_traced, read_operand, run_chunk
-from interp_jax.transforms.running_pass.scans import step_scan
+from interp_jax.transforms.running_pass.scans import is_touched, step_scan
 from interp_jax.transforms.sowing import leaves_of_seen, value_seen
 
 KEEP: Any = object()
@@ -136,10 +136,17 @@ def _control_flow(
 
             return (yield from step_scan(step, operands, selected, loop_indices, run_body))
         case CondStep():
+            if isinstance(operands[0], jax.core.Tracer) and not any(
+                is_touched(branch, loop_indices, selected) for branch in step.branches
+            ):
+                return evaluate(step.eqn, operands)
             branch = _known(operands[0], step)
             plan = step.branches[min(max(int(branch), 0), len(step.branches) - 1)]
             return (yield from execute(plan, operands[1:], selected, loop_indices, changed))
         case WhileStep():
+            # With no layer known, any site of a name that is asked for may be the one.
+            if not is_touched(step.body, loop_indices, selected):
+                return evaluate(step.eqn, operands)
             return (yield from _step_while(step, operands, selected, loop_indices, changed))
     raise AssertionError(step)
 

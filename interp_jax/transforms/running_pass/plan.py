@@ -1,9 +1,12 @@
-"""Plans: a jaxpr cut into pieces at the selected sites.
+"""Plans: a jaxpr cut into pieces at the sites of some names.
 
 A plan is a list of steps over numbered slots. Equations between two sites form a `Chunk`, which will run as one
-compiled function; a selected sow is a `SiteStep`; control flow that has selected sites inside becomes a step with
-plans of its own. Calls (jit, checkpoint, custom_jvp, custom_vjp) that have selected sites inside are opened and
+compiled function; a sow of one of the names is a `SiteStep`; control flow that has such sites inside becomes a step
+with plans of its own. Calls (jit, checkpoint, custom_jvp, custom_vjp) that have such sites inside are opened and
 their equations take their place in the list; every other call stays whole.
+
+The cuts are made in every layer, whichever layers are asked for: the pieces of all layers are then the same code,
+and asking for another layer needs no other pieces.
 
 Slots are numbers, not jaxpr variables, because one inner jaxpr may be opened several times (a layer's function
 called once per layer), each time with other operands.
@@ -11,7 +14,7 @@ called once per layer), each time with other operands.
 >>> import jax
 >>> from interp_jax.transforms.sowing import sow
 >>> closed = jax.make_jaxpr(lambda x: sow(x * 2.0, name="a") + 1.0)(1.0)
->>> [type(step).__name__ for step in build_plan(closed, frozenset({Site(None, "a")})).steps]
+>>> [type(step).__name__ for step in build_plan(closed, frozenset({"a"})).steps]
 ['Chunk', 'SiteStep', 'Chunk']
 
 Sharp edges: a checkpointed call that is opened stays checkpointed piece by piece. A custom derivative rule that is
@@ -22,11 +25,11 @@ Source: interp_jax.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jax.sharding import Sharding
 
 from interp_jax.core.errors import UnsupportedModelError, four_part
@@ -36,6 +39,8 @@ from interp_jax.transforms.jaxprs import (
     Scope,
     any_site_inside,
     callee_of,
+    inner_jaxprs,
+    is_loop,
     is_site,
     scope_of,
     source_line,
@@ -116,7 +121,7 @@ class EquationStep(Step):
 
 @dataclass
 class SiteStep(EquationStep):
-    """A selected sow; `rules` numbers the custom-rule calls it was opened out of."""
+    """A sow of one of the names; `rules` numbers the custom-rule calls it was opened out of."""
 
     scope: Scope
     rules: tuple[int, ...]
@@ -124,7 +129,7 @@ class SiteStep(EquationStep):
 
 @dataclass
 class ScanStep(EquationStep):
-    """A scan with selected sites in its body. `programs` are those of its iterations that nobody looks into."""
+    """A scan with sites in its body. `programs` are those of its iterations that nobody looks into."""
 
     body: Plan
     shared: dict[Any, Any]
@@ -133,7 +138,7 @@ class ScanStep(EquationStep):
 
 @dataclass
 class WhileStep(EquationStep):
-    """A while loop with selected sites in its body."""
+    """A while loop with sites in its body."""
 
     condition: Plan
     body: Plan
@@ -141,7 +146,7 @@ class WhileStep(EquationStep):
 
 @dataclass
 class CondStep(EquationStep):
-    """A conditional or switch with selected sites in a branch."""
+    """A conditional or switch with sites in a branch."""
 
     branches: tuple[Plan, ...]
 
@@ -181,32 +186,61 @@ _CHECKPOINTS = {"checkpoint", "remat", "remat2"}
 _CLOSED_TO_LOOPS = {"shard_map", "pallas_call", "run_state", "custom_transpose_call", "custom_lin"}
 
 
-def build_plan(closed: ClosedJaxpr, selected: frozenset[Site]) -> Plan:
-    """Cut a jaxpr at the sites of `selected`.
+def build_plan(closed: ClosedJaxpr, names: frozenset[str]) -> Plan:
+    """Cut a jaxpr at the sites of some names, in whatever layer.
+
+    Args:
+        closed: The program.
+        names: Names of sites.
+
+    Returns:
+        The plan.
+    """
+    return _Builder(names, {}, 0).plan(closed, Scope())
+
+
+def require_reachable(closed: ClosedJaxpr, selected: frozenset[Site]) -> None:
+    """Refuse sites that lie where a loop over the pass cannot stop.
 
     Args:
         closed: The program.
         selected: The sites to stop at.
 
-    Returns:
-        The plan.
-
     Raises:
-        UnsupportedModelError: A selected site lies where a loop over the pass cannot look.
+        UnsupportedModelError: One of them is inside a call that stays whole.
     """
-    names = {site.name for site in selected}
 
-    def wanted(name: str, scope: Scope) -> bool:
-        return name in names if isinstance(scope.layer, LoopLayer) else Site(scope.layer, name) in selected
+    def hidden(jaxpr: Jaxpr, outer: Scope, n_loops: int) -> None:
+        for eqn in jaxpr.eqns:
+            if not any_site_inside(eqn, lambda name, scope: True, outer, n_loops):
+                continue
+            scope, inner_loops = scope_of(eqn, outer, n_loops), n_loops + is_loop(eqn)
+            if eqn.primitive.name not in _CLOSED_TO_LOOPS:
+                for _, inner in inner_jaxprs(eqn):
+                    hidden(inner, scope, inner_loops)
+            elif any_site_inside(eqn, is_selected, outer, n_loops):
+                raise UnsupportedModelError(
+                    four_part(
+                        f"A selected site lies inside {eqn.primitive.name} ({source_line(eqn)})",
+                        expected="sites outside it, or inside jit, checkpoint, custom_jvp, custom_vjp, scan, while "
+                        "and cond.",
+                        fix=f"return the value from the {eqn.primitive.name} and sow it outside, or leave the site "
+                        "unselected.",
+                    )
+                )
 
-    return _Builder(wanted, {}, 0).plan(closed, Scope())
+    def is_selected(name: str, scope: Scope) -> bool:
+        in_loop = isinstance(scope.layer, LoopLayer)
+        return any(site.name == name and (in_loop or site.layer == scope.layer) for site in selected)
+
+    hidden(closed.jaxpr, Scope(), 0)
 
 
 class _Builder:
     """Builds one plan; inner plans get builders of their own."""
 
-    def __init__(self, wanted: Callable[[str, Scope], bool], shared: dict[Any, Any], n_loops: int):
-        self.wanted = wanted
+    def __init__(self, names: frozenset[str], shared: dict[Any, Any], n_loops: int):
+        self.names = names
         self.shared = shared
         self.n_loops = n_loops
         self.n_slots = 0
@@ -224,7 +258,7 @@ class _Builder:
         return Plan(self.n_slots, ins, outs, self.constants, self.steps)
 
     def inner(self, closed: ClosedJaxpr, scope: Scope, *, loop: int) -> Plan:
-        return _Builder(self.wanted, self.shared, self.n_loops + loop).plan(closed, scope)
+        return _Builder(self.names, self.shared, self.n_loops + loop).plan(closed, scope)
 
     def slots(self, n: int) -> tuple[int, ...]:
         self.n_slots += n
@@ -261,26 +295,18 @@ class _Builder:
     def equation(
         self, eqn: JaxprEqn, ins: tuple[Operand, ...], outer: Scope, region: Region | None
     ) -> Sequence[Operand]:
-        scope = scope_of(eqn, outer, self.n_loops) if is_site(eqn) else outer
-        if is_site(eqn) and self.wanted(eqn.params["name"], scope):
+        name = eqn.primitive.name
+        if is_site(eqn) and eqn.params["name"] in self.names:
             outs = self.slots(len(eqn.outvars))
-            self.add(SiteStep(eqn, ins, outs, scope, self.rules))
+            self.add(SiteStep(eqn, ins, outs, scope_of(eqn, outer, self.n_loops), self.rules))
             return outs
-        if not any_site_inside(eqn, self.wanted, outer, self.n_loops):
+        has_sites = any_site_inside(eqn, lambda name, scope: name in self.names, outer, self.n_loops)
+        if not has_sites or name in _CLOSED_TO_LOOPS:
             outs = self.slots(len(eqn.outvars))
             self.pending.append(Operation(eqn, ins, outs, region))
             return outs
-        name = eqn.primitive.name
         if name in ("scan", "while", "cond"):
             return self.control_flow(name, eqn, ins, scope_of(eqn, outer, self.n_loops))
-        if name in _CLOSED_TO_LOOPS:
-            raise UnsupportedModelError(
-                four_part(
-                    f"A selected site lies inside {name} ({source_line(eqn)})",
-                    expected="sites outside it, or inside jit, checkpoint, custom_jvp, custom_vjp, scan, while and cond.",
-                    fix=f"return the value from the {name} and sow it outside, or leave the site unselected.",
-                )
-            )
         return self.call(name, eqn, ins, scope_of(eqn, outer, self.n_loops), region)
 
     def control_flow(self, name: str, eqn: JaxprEqn, ins: tuple[Operand, ...], scope: Scope) -> Sequence[Operand]:

@@ -35,15 +35,16 @@ import jax
 from interp_jax.core.activations import SiteTable
 from interp_jax.core.errors import RunningPassError, UnknownNameError, four_part
 from interp_jax.core.interventions import describe, same_form
-from interp_jax.core.sites import Selector, Site, select_sites
+from interp_jax.core.sites import Selector, Site, select_sites, selector_parts
 from interp_jax.transforms.running_pass.compiled import KEEP, execute
-from interp_jax.transforms.running_pass.plan import build_plan
+from interp_jax.transforms.running_pass.plan import build_plan, require_reachable
 from interp_jax.transforms.running_pass.python_engine import run_python
 from interp_jax.transforms.tracing import Remembered, sites_of, trace_program
 
 ENGINES = ("compiled", "python")
 
 _SITES = Remembered()
+_SELECTED = Remembered()
 _PLANS = Remembered()
 
 
@@ -94,10 +95,24 @@ def _compiled_steps(
     fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], selector: Selector, name: str
 ) -> Generator[tuple[Site, Any], Any, Any]:
     trace = trace_program(fn, args, kwargs)
-    rows = _SITES.get(trace.closed, None, lambda: sites_of(trace.closed))
-    selected = frozenset(select_sites(selector, [row.site for row in rows], where=f"run({name})"))
-    plan = _PLANS.get(trace.closed, selected, lambda: build_plan(trace.closed, selected))
+    closed = trace.closed
+
+    def select() -> frozenset[Site]:
+        sites = [row.site for row in _SITES.get(closed, None, lambda: sites_of(closed))]
+        selected = frozenset(select_sites(selector, sites, where=f"run({name})"))
+        require_reachable(closed, selected)
+        return selected
+
+    # A selector that can be compared selects the same sites of the same program again.
+    selected = _SELECTED.get(closed, (_frozen(selector), name), select)
+    names = frozenset(site.name for site in selected)
+    plan = _PLANS.get(closed, names, lambda: build_plan(closed, names))
     return _with_structure(execute(plan, trace.args, selected), trace.out_tree)
+
+
+def _frozen(selector: Selector) -> tuple[Any, ...]:
+    """A selector as something that can be compared; predicates count by identity."""
+    return tuple((type(part), part) for part in selector_parts(selector))
 
 
 def _with_structure(steps: Generator[Any, Any, list[Any]], out_tree: Any) -> Generator[Any, Any, Any]:

@@ -65,13 +65,14 @@ def step_scan(
     n_consts, n_carry, length = params["num_consts"], params["num_carry"], params["length"]
     consts, carry = operands[:n_consts], operands[n_consts : n_consts + n_carry]
     xs = operands[n_consts + n_carry :]
-    touched = [i for i in range(length) if _is_touched(step.body, (*loop_indices, i), selected)]
+    touched = [i for i in range(length) if is_touched(step.body, (*loop_indices, i), selected)]
     cuts = stretches(touched, length)
     rows = _split(xs, cuts) if is_traced(xs) else None
     ys = [jnp.zeros(var.aval.shape, var.aval.dtype) for var in step.eqn.outvars[n_carry:]]
-    for number, (start, stop, is_touched) in reversed(list(enumerate(cuts))) if params["reverse"] else enumerate(cuts):
+    in_order = reversed(list(enumerate(cuts))) if params["reverse"] else enumerate(cuts)
+    for number, (start, stop, stops) in in_order:
         block = rows[number] if rows is not None else None
-        if not is_touched:
+        if not stops:
             carry, ys = _roll(step, start, stop, consts, carry, xs, block, ys)
             continue
         if block is None:
@@ -84,8 +85,8 @@ def step_scan(
     return [*carry, *ys]
 
 
-def _is_touched(plan: Plan, indices: tuple[int, ...], selected: frozenset[Site]) -> bool:
-    """Whether the iteration with these indices comes to a selected site."""
+def is_touched(plan: Plan, indices: tuple[int, ...], selected: frozenset[Site]) -> bool:
+    """Whether a plan, run in loops with these indices, comes to a selected site."""
     for step in plan.steps:
         if isinstance(step, SiteStep):
             # A site in a while loop has one more index, which is not known beforehand.
@@ -93,9 +94,9 @@ def _is_touched(plan: Plan, indices: tuple[int, ...], selected: frozenset[Site])
                 return True
         elif isinstance(step, ScanStep):
             inner = ((*indices, i) for i in range(step.eqn.params["length"]))
-            if any(_is_touched(step.body, more, selected) for more in inner):
+            if any(is_touched(step.body, more, selected) for more in inner):
                 return True
-        elif any(_is_touched(inner, indices, selected) for inner in inner_plans(step)):
+        elif any(is_touched(inner, indices, selected) for inner in inner_plans(step)):
             return True
     return False
 

@@ -227,6 +227,30 @@ def test_the_same_function_is_traced_once_and_a_moved_intervention_compiles_noth
     assert new == [] and moved == []
 
 
+def test_moving_between_the_layers_of_an_unrolled_model_compiles_nothing() -> None:
+    def model(weights: Any, x: Any) -> Any:
+        for i, weight in enumerate(weights):
+            with layer_scope(i):
+                x = x + sow(jnp.tanh(x @ weight), name="mlp_out")
+        return x * 2.0
+
+    def zeroed(layer: int) -> Any:
+        for _, _, value in (running_pass := run(model, weights, X, sites=f"{layer}.mlp_out")):
+            running_pass.modified_value = value * 0.0
+        return running_pass.retval
+
+    weights = list(jnp.linspace(0.0, 1.0, 6 * 9).reshape(6, 3, 3))
+    zeroed(1)
+    with count_compilations() as moved:
+        results = [zeroed(layer) for layer in range(6)]
+    assert moved == []
+    for layer, result in enumerate(results):
+        x = X
+        for i, weight in enumerate(weights):
+            x = x + (0.0 if i == layer else 1.0) * jnp.tanh(x @ weight)
+        np.testing.assert_allclose(result, x * 2.0, rtol=1e-5)
+
+
 def test_equal_layers_share_their_programs() -> None:
     def model(weights: Any, x: Any) -> Any:
         for i, weight in enumerate(weights):
