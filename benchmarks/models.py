@@ -5,12 +5,15 @@ Source: interp_jax.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
 import numpy as np
 
 import interp_jax as ij
+from interp_jax.models.weights.checkpoint import Checkpoint, Tensors
+from interp_jax.patches import transformers_gpt2
 
 
 @functools.cache
@@ -22,9 +25,6 @@ def smollm2() -> ij.LanguageModel:
 @functools.cache
 def gpt2_small() -> ij.LanguageModel:
     """GPT-2 in its smallest published shape, with random weights (its own are not in a package registry)."""
-    from interp_jax.models.weights.checkpoint import Checkpoint
-    from interp_jax.patches import transformers_gpt2
-
     config = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
     rng = np.random.default_rng(0)
     tensors: dict[str, Any] = {}
@@ -49,8 +49,5 @@ def gpt2_small() -> ij.LanguageModel:
             add(f"{at}.{layer}.bias", d_out)
     add("transformer.ln_f.weight", 768)
     add("transformer.ln_f.bias", 768)
-    checkpoint = Checkpoint(family="gpt2", config=config, tensors=tensors, tokenizer=None, source="random weights")
-    lm = transformers_gpt2.from_checkpoint(checkpoint)
-    import dataclasses
-
-    return dataclasses.replace(lm, name="gpt2-small shape")
+    checkpoint = Checkpoint("gpt2", config, Tensors.from_arrays(tensors), tokenizer=None, source="random weights")
+    return dataclasses.replace(transformers_gpt2.from_checkpoint(checkpoint), name="gpt2-small shape")
