@@ -1,7 +1,7 @@
 """Generation: tokens one after another, with a key-value cache, sampling, and sites changed along the way.
 
-Each step is a pass cut where layers begin (`interp_jax.models.passes`): a layer is compiled once for reading the
-prompts and once for one token, whatever the number of layers, steps and interventions.
+Each step is a pass in pieces (`interp_jax.models.passes`): a layer is compiled once for reading the prompts and once
+for one token, whatever the number of layers and steps; other values, layers and settings compile nothing.
 
 Interventions see positions as the columns of the finished text, padding and prompt included. An array or mask
 whose position axis has length 1 (or that lacks the axis) acts at every position; one as long as the prompt acts
@@ -154,20 +154,17 @@ def generate(
         if upstream.step is None or upstream.init_cache is None:
             raise _no_cache(upstream)
         cache = upstream.init_cache(batch, room)
-        sites = running_pass.list_sites(upstream.step, params, cache, buffer[:, :n_prompt]).sites
-    else:
-        sites = running_pass.list_sites(upstream.forward, params, buffer).sites
-    borders = passes.layer_borders(sites)
     for n_new in range(settings.max_new_tokens):
         end = n_prompt + n_new
         start = end - 1 if settings.use_cache and n_new > 0 else 0
         at_hand = _at_columns(edits, start, n_prompt, settings.at)
         if settings.use_cache:
             piece = buffer[:, start:end]
-            logits, cache = passes.edit(upstream.step, (params, cache, piece), at_hand, borders=borders)
+            logits, cache = passes.edit(upstream.step, (params, cache, piece), at_hand)
         else:
-            logits = passes.edit(upstream.forward, (params, buffer), at_hand, borders=borders)
-        chosen, log_prob = _choose(logits, np.int32(end - 1 - start), key, np.int32(n_new), knobs, sampler=sampler)
+            logits = passes.edit(upstream.forward, (params, buffer), at_hand)
+        last = lax.dynamic_index_in_dim(logits, np.int32(end - 1 - start), axis=1, keepdims=False)
+        chosen, log_prob = _choose(last, key, np.int32(n_new), knobs, sampler=sampler)
         buffer[:, end] = np.where(running, np.asarray(chosen), PAD)
         log_probs[:, n_new] = np.where(running, np.asarray(log_prob), 0.0)
         running &= buffer[:, end] != (PAD if settings.eos_id is None else settings.eos_id)
@@ -218,10 +215,9 @@ def sample(logits: jax.Array, keys: jax.Array, sampler: Sampler, *, temperature:
 
 
 def _choose_tokens(
-    logits: jax.Array, last: Any, key: Any, n_new: Any, knobs: dict[str, Any], *, sampler: Sampler
+    logits: jax.Array, key: Any, n_new: Any, knobs: dict[str, Any], *, sampler: Sampler
 ) -> tuple[jax.Array, jax.Array]:
-    """The next token of each row, from the logits at position `last`, and its log probability under the model."""
-    logits = lax.dynamic_index_in_dim(logits, last, axis=1, keepdims=False)
+    """The next token of each row, from its logits, and its log probability under the model."""
     rows = jnp.arange(logits.shape[0])
     keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), n_new))(rows)
     chosen = sample(logits, keys, sampler, **knobs)

@@ -359,7 +359,7 @@ class LanguageModel:
             skip_special_tokens: Whether to leave out control tokens.
 
         Returns:
-            One text for `[pos]`, a list of texts for `[batch, pos]`.
+            One text for `[pos]` or a single id, a list of texts for `[batch, pos]`.
         """
         tokenizer = self._tokenizer()
         return _map_rows(lambda row: tokenizer.decode(row, skip_special_tokens=skip_special_tokens), tokens)
@@ -466,6 +466,6 @@ def _compiled_part(upstream: Upstream, part: str) -> Callable[..., Any]:
 
 def _map_rows(function: Callable[[list[int]], Any], tokens: Any) -> Any:
     array = np.asarray(tokens)
-    if array.ndim == 1:
-        return function(array.tolist())
+    if array.ndim < 2:
+        return function(array.reshape(-1).tolist())
     return [function(row) for row in array.reshape(-1, array.shape[-1]).tolist()]

@@ -1,9 +1,8 @@
-"""Passes that read or change a few sites, cut where layers begin.
+"""Passes that read or change some sites, and need no loop of the user's.
 
-A running pass compiles one program per distinct piece between two stops. Stopping at the asked-for sites alone would
-leave two long pieces whose length depends on the layer, to be compiled afresh for every layer. With a further stop
-at the first site of each layer all pieces are at most a layer long and the same for all layers: the first pass
-compiles a layer instead of a model, and moving to another layer compiles nothing.
+A running pass is cut at every layer's site of the names it stops at (`interp_jax.transforms.running_pass`), so its
+programs are the same whichever layer is read or changed: moving to another layer compiles nothing. A pass that has
+nothing to stop at is cut where layers begin, and compiles a layer instead of a model.
 
 >>> from interp_jax.transforms.sowing import layer_scope, sow
 >>> def model(x):
@@ -21,19 +20,11 @@ Source: interp_jax.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from interp_jax.core.sites import Selector, Site, select_sites
 from interp_jax.transforms import running_pass
-
-
-def layer_borders(sites: Sequence[Site]) -> set[Site]:
-    """The first site of each layer, in execution order."""
-    first: dict[int | None, Site] = {}
-    for site in sites:
-        first.setdefault(site.layer, site)
-    return {site for layer, site in first.items() if layer is not None}
 
 
 def read(fn: Callable[..., Any], args: tuple[Any, ...], select: Selector, *, where: str = "read") -> dict[Site, Any]:
@@ -51,48 +42,40 @@ def read(fn: Callable[..., Any], args: tuple[Any, ...], select: Selector, *, whe
     Raises:
         UnknownNameError: A selector matches no site.
     """
-    sites = running_pass.list_sites(fn, *args).sites
-    wanted = set(select_sites(select, sites, where=where))
+    wanted = select_sites(select, running_pass.list_sites(fn, *args).sites, where=where)
     values: dict[Site, Any] = {}
-    with _stopping_at(fn, args, wanted | layer_borders(sites)) as steps:
+    with running_pass.run(fn, *args, sites=wanted) as steps:
         for layer, name, value in steps:
-            if (site := Site(layer, name)) in wanted:
-                values[site] = value
-                if len(values) == len(wanted):
-                    break
+            values[Site(layer, name)] = value
+            if len(values) == len(wanted):
+                break
     return values
 
 
-def edit(
-    fn: Callable[..., Any],
-    args: tuple[Any, ...],
-    edits: Mapping[Site, Callable[[Any], Any]],
-    *,
-    borders: Collection[Site] | None = None,
-) -> Any:
+def edit(fn: Callable[..., Any], args: tuple[Any, ...], edits: Mapping[Site, Callable[[Any], Any]]) -> Any:
     """The result when the values of sites are put through functions.
 
     Args:
         fn: A function with sites.
         args: Its arguments.
         edits: Site to the function of its value.
-        borders: The first site of each layer, if known; finding them takes as long as looking a trace up.
 
     Returns:
         What `fn` returns.
 
     Raises:
+        UnknownNameError: There is no such site.
         ShapeError: A new value does not have the form of the old one.
     """
-    if borders is None:
-        borders = layer_borders(running_pass.list_sites(fn, *args).sites)
-    with _stopping_at(fn, args, {*edits, *borders}) as steps:
+    with running_pass.run(fn, *args, sites=list(edits) or _where_layers_begin(fn, args)) as steps:
         for layer, name, value in steps:
             if (site := Site(layer, name)) in edits:
                 steps.modified_value = edits[site](value)
     return steps.retval
 
 
-def _stopping_at(fn: Callable[..., Any], args: tuple[Any, ...], stops: Collection[Site]) -> running_pass.RunningPass:
-    # A predicate, for a collection would be matched site by site.
-    return running_pass.run(fn, *args, sites=(lambda site: site in stops) if stops else ())
+def _where_layers_begin(fn: Callable[..., Any], args: tuple[Any, ...]) -> list[Site]:
+    """The sites of the name that comes first in a layer."""
+    sites = running_pass.list_sites(fn, *args).sites
+    name = next((site.name for site in sites if site.layer is not None), None)
+    return [site for site in sites if site.name == name and site.layer is not None]
