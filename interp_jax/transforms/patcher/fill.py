@@ -22,9 +22,6 @@ Source: interp_jax.
 from __future__ import annotations
 
 import ast
-import contextlib
-import functools
-import io
 import tokenize
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -33,10 +30,7 @@ from interp_jax.core.errors import PatchError, four_part
 from interp_jax.transforms.patcher.match import Captures, Match
 from interp_jax.transforms.patcher.patterns import Pattern, any_name, run_name, shown
 from interp_jax.transforms.patcher.precedence import needs_parentheses
-from interp_jax.transforms.patcher.syntax import Place, SourceText, parents
-
-# What Python's tokenizer calls the ends of an f-string, where it takes f-strings apart (from 3.12 on).
-_F_START, _F_END = (getattr(tokenize, name, -1) for name in ("FSTRING_START", "FSTRING_END"))
+from interp_jax.transforms.patcher.syntax import Place, SourceText, lines_in_strings, parents, tokens_of
 
 
 def filled_nodes(nodes: Sequence[Any], captures: Captures) -> list[Any]:
@@ -143,7 +137,7 @@ def _placeholder_edits(
     places = parents(tree)
     edits: _Edits = []
     dropped: set[int] = set()
-    tokens = _placeholder_tokens(own)
+    tokens = _placeholders(own)
     for node, place in places.items():
         run, name = run_name(node), any_name(node)
         if run is not None:
@@ -169,12 +163,12 @@ def _placeholder_edits(
     return edits, dropped
 
 
-def _placeholder_tokens(own: SourceText) -> dict[int, tuple[str, bool]]:
+def _placeholders(own: SourceText) -> dict[int, tuple[str, bool]]:
     """Placeholders by their byte offset: the identifier that stands for them, and whether brackets are around it."""
     rows = own.text.split("\n")
     found: dict[int, tuple[str, bool]] = {}
     depth = 0
-    for token in _tokens(own.text):
+    for token in tokens_of(own.text):
         if token.type == tokenize.OP:
             depth += (token.string in "([{") - (token.string in ")]}")
         elif token.type == tokenize.NAME and any_name(token.string) is not None:
@@ -235,31 +229,3 @@ def _captured_run(statements: Sequence[ast.stmt], match: Match, source: SourceTe
                 lines[i] = new + lines[i].removeprefix(old)
         text = "\n".join(lines)
     return f"\n{new}{text}" if is_inline else text
-
-
-def _tokens(text: str) -> list[tokenize.TokenInfo]:
-    """The tokens of a text as far as it can be tokenized."""
-    found: list[tokenize.TokenInfo] = []
-    with contextlib.suppress(tokenize.TokenError, SyntaxError):
-        found.extend(tokenize.generate_tokens(io.StringIO(text).readline))
-    return found
-
-
-def lines_in_strings(text: str) -> frozenset[int]:
-    """Numbers of the lines that start inside a string."""
-    inside: set[int] = set()
-    starts: list[int] = []
-    for token in _tokens(text):
-        if token.type == tokenize.STRING:
-            inside.update(range(token.start[0] + 1, token.end[0] + 1))
-        elif token.type == _F_START:
-            starts.append(token.start[0])
-        elif token.type == _F_END:
-            inside.update(range(starts.pop() + 1, token.end[0] + 1))
-    return frozenset(inside)
-
-
-@functools.lru_cache(maxsize=32)
-def logical_line_ends(text: str) -> list[int]:
-    """Numbers of the lines on which a logical line ends, after which blank lines change nothing."""
-    return [token.start[0] for token in _tokens(text) if token.type == tokenize.NEWLINE]

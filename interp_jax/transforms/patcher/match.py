@@ -89,6 +89,7 @@ def _inside(root: ast.AST) -> Iterator[tuple[ast.AST, Place | None]]:
     if not own_decorators:
         yield from walk(root)
         return
+    yield root, None
     for field, value in ast.iter_fields(root):
         for index, item in enumerate(value if isinstance(value, list) else [value]):
             if isinstance(item, ast.AST) and item not in own_decorators:
@@ -258,7 +259,9 @@ def _compare_lists(patterns: list[Any], nodes: list[Any], differences: list[str]
 def _size(pattern: Any) -> int:
     if isinstance(pattern, list):
         return sum(map(_size, pattern))
-    return sum(1 for _ in ast.walk(pattern)) if isinstance(pattern, ast.AST) else 1
+    if not isinstance(pattern, ast.AST):
+        return 1
+    return sum(not isinstance(node, ast.expr_context) for node in ast.walk(pattern))
 
 
 def _words(value: Any) -> str:

@@ -153,7 +153,8 @@ class Patcher:
                 if any(above is node for above in target.upstream.ancestors(edit.nodes[0]))
             ]
             alive = sum(function() is not None for function in target.functions)
-            lines.append(f"{target.where}: {len(inside)} edits, code exchanged in {alive} function(s)")
+            counts = [f"{n} {noun}{'s' * (n != 1)}" for n, noun in ((len(inside), "edit"), (alive, "function"))]
+            lines.append(f"{target.where}: {counts[0]}, code exchanged in {counts[1]}")
         return "\n".join([*lines, *notes])
 
     def digests(self) -> dict[str, str]:

@@ -21,13 +21,12 @@ from __future__ import annotations
 import ast
 import itertools
 import re
-import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeAlias
 
 from interp_jax.core.errors import PatchError, four_part
-from interp_jax.transforms.patcher.syntax import SourceText, walk
+from interp_jax.transforms.patcher.syntax import SourceText, lines_in_strings, walk
 
 # Identifiers that stand for `$name` and `$$name` while Python parses the pattern.
 _ANY = "_any_expression_"
@@ -215,7 +214,16 @@ def _layouts(source: str) -> list[str]:
     """Ways to take the indentation off a piece of source; the first that Python accepts is meant."""
     stripped = source.strip("\n").rstrip()
     head, _, tail = stripped.partition("\n")
-    return [stripped, textwrap.dedent(stripped), f"{head.lstrip()}\n{textwrap.dedent(tail)}"]
+    return [stripped, _dedented(stripped), f"{head.lstrip()}\n{_dedented(tail)}"]
+
+
+def _dedented(source: str) -> str:
+    """Source without its common indentation; lines that start inside a string are left alone."""
+    inside = lines_in_strings(source)
+    lines = source.split("\n")
+    own = [i for i, line in enumerate(lines) if line.strip() and i + 1 not in inside]
+    margin = min((lines[i][: len(lines[i]) - len(lines[i].lstrip())] for i in own), key=len, default="")
+    return "\n".join(line.removeprefix(margin) if i in own else line for i, line in enumerate(lines))
 
 
 def _expression(source: str) -> tuple[str, ast.Expression] | None:

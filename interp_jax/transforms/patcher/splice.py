@@ -29,10 +29,9 @@ import bisect
 from collections.abc import Sequence
 
 from interp_jax.core.errors import PatchError, four_part
-from interp_jax.transforms.patcher.fill import logical_line_ends
 from interp_jax.transforms.patcher.patterns import shown
 from interp_jax.transforms.patcher.render import Edit
-from interp_jax.transforms.patcher.syntax import SourceText, normal
+from interp_jax.transforms.patcher.syntax import SourceText, logical_line_ends, normal
 
 
 class Spliced:

@@ -19,7 +19,11 @@ from __future__ import annotations
 
 import ast
 import bisect
+import contextlib
+import functools
 import hashlib
+import io
+import tokenize
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -31,6 +35,9 @@ Substitution: TypeAlias = Mapping[ast.AST, Sequence[ast.AST]]
 
 # Load or Store, the `u` of u"...", and comments.
 _IGNORED = frozenset({"ctx", "kind", "type_comment", "type_ignores"})
+
+# What Python's tokenizer calls the ends of an f-string, where it takes f-strings apart (from 3.12 on).
+_F_START, _F_END = (getattr(tokenize, name, -1) for name in ("FSTRING_START", "FSTRING_END"))
 
 
 class Place(NamedTuple):
@@ -205,3 +212,31 @@ def parents(tree: ast.AST) -> dict[ast.AST, Place]:
             elif isinstance(value, list):
                 found.update((v, Place(parent, field, i)) for i, v in enumerate(value) if isinstance(v, ast.AST))
     return found
+
+
+def tokens_of(text: str) -> list[tokenize.TokenInfo]:
+    """The tokens of a text as far as it can be tokenized."""
+    found: list[tokenize.TokenInfo] = []
+    with contextlib.suppress(tokenize.TokenError, SyntaxError):
+        found.extend(tokenize.generate_tokens(io.StringIO(text).readline))
+    return found
+
+
+def lines_in_strings(text: str) -> frozenset[int]:
+    """Numbers of the lines that start inside a string."""
+    inside: set[int] = set()
+    starts: list[int] = []
+    for token in tokens_of(text):
+        if token.type == tokenize.STRING:
+            inside.update(range(token.start[0] + 1, token.end[0] + 1))
+        elif token.type == _F_START:
+            starts.append(token.start[0])
+        elif token.type == _F_END:
+            inside.update(range(starts.pop() + 1, token.end[0] + 1))
+    return frozenset(inside)
+
+
+@functools.lru_cache(maxsize=32)
+def logical_line_ends(text: str) -> list[int]:
+    """Numbers of the lines on which a logical line ends, after which blank lines change nothing."""
+    return [token.start[0] for token in tokens_of(text) if token.type == tokenize.NEWLINE]

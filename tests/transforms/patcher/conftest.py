@@ -9,8 +9,8 @@ import importlib
 import itertools
 import sys
 import textwrap
-import types
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -20,12 +20,12 @@ _NUMBERS = itertools.count()
 
 
 @pytest.fixture
-def make_module(tmp_path, monkeypatch) -> Iterator[Callable[..., types.ModuleType]]:
+def make_module(tmp_path, monkeypatch) -> Iterator[Callable[..., Any]]:
     """Writes a module and imports it; it is forgotten after the test."""
     monkeypatch.syspath_prepend(tmp_path)
     names = []
 
-    def make(source: str, *, is_imported: bool = True) -> types.ModuleType | str:
+    def make(source: str, *, is_imported: bool = True) -> Any:
         name = f"upstream_{next(_NUMBERS)}"
         names.append(name)
         (tmp_path / f"{name}.py").write_text(textwrap.dedent(source), encoding="utf-8")

@@ -206,8 +206,8 @@ CALLS = {
     "checkpointed": lambda m: float(jax.jit(m.checkpointed)(jnp.float32(1))),
     "custom": lambda m: float(jax.jit(m.custom)(jnp.float32(1))),
     "make.inner": lambda m: m.make(0)(1),
-    "Base.method": lambda m: Base_method(m),
-    "Base.alias": lambda m: Base_method(m),
+    "Base.method": lambda m: base_method(m),
+    "Base.alias": lambda m: base_method(m),
     "Base.cls_method": lambda m: m.Base.cls_method(1),
     "Base.static_method": lambda m: m.Base.static_method(1),
     "Base.lazy": lambda m: _instance(m).lazy,
@@ -226,7 +226,7 @@ CALLS = {
 COMMON = type("Common", (), {})()
 
 
-def Base_method(module: types.ModuleType) -> int:  # noqa: N802
+def base_method(module: types.ModuleType) -> int:
     return module.Base.method(None, 1)
 
 
@@ -251,7 +251,7 @@ def _all_functions(module: types.ModuleType) -> list[types.FunctionType]:
             value = inspect.unwrap(getattr(value, "__func__", value))
             if isinstance(value, types.FunctionType) and value.__module__ == module.__name__:
                 found.append(value)
-    assert len(found) > 10 or owner is module
+    assert found
     return found
 
 
@@ -483,7 +483,7 @@ def test_decorators_of_functions_are_refused(make_module) -> None:
 def test_things_without_source(make_module) -> None:
     import math
 
-    with pytest.raises(PatchError, match="math:sqrt .*holds no Python function"):
+    with pytest.raises(PatchError, match=r"math:sqrt .*holds no Python function"):
         Patcher(math, sqrt=["x", "y"]).install()
     module = make_module("exec('def f(): return 1')\nfrom collections import namedtuple\nT = namedtuple('T', 'a')\n")
     with pytest.raises(PatchError, match=r"No source code \(<string>\) in upstream_\d+:f"):
@@ -518,7 +518,7 @@ def test_unknown_members(make_module) -> None:
     assert fix == "  Fix: use the name of a function, class or method that is there."
     with pytest.raises(PatchError, match=r"Unknown member 'Base.metod' in upstream_\d+:Base. Did you mean 'method'\?"):
         Patcher(module, {"Base.metod": ["1", "2"]}).install()
-    with pytest.raises(PatchError, match="Unknown member 'iner' in .*make.* Did you mean 'inner'"):
+    with pytest.raises(PatchError, match=r"Unknown member 'iner' in .*make.* Did you mean 'inner'"):
         Patcher(module, {"make.iner": ["1", "2"]}).install()
     with pytest.raises(PatchError, match="Module 'no_such_module_x' cannot be imported"):
         Patcher("no_such_module_x", {"f": ["1", "2"]}).__enter__()
@@ -562,7 +562,7 @@ def test_wrong_counts_name_everything(make_module) -> None:
     for count in (2, (1, 2), (0, None)):
         with Patcher(module, f=[("g(x, 1)", "x", count)]):
             assert module.f(4) == 8
-    with pytest.raises(PatchError, match="Expected: 3 to 4 matches. It matches here"):
+    with pytest.raises(PatchError, match=r"Expected: 3 to 4 matches\. It matches here"):
         Patcher(module, f=[("g(x, 1)", "x", (3, 4))]).install()
-    with pytest.raises(PatchError, match="Expected: 1 match. Nothing there is like it."):
+    with pytest.raises(PatchError, match=r"Expected: 1 match\. Nothing there is like it\."):
         Patcher(module, f=[("await some.thing[else_]", "x")]).install()

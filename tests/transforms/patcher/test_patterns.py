@@ -109,7 +109,21 @@ def test_errors_in_a_pair_name_the_member() -> None:
 
 
 def test_forms_of_a_list() -> None:
-    patcher = Patcher("textwrap", {"a": ["x", "y", "z", "w"]}, b=[("x", "y"), ("z", "w", 2), Patch("u", "v", (0, None))])
+    patcher = Patcher(
+        "textwrap", {"a": ["x", "y", "z", "w"]}, b=[("x", "y"), ("z", "w", 2), Patch("u", "v", (0, None))]
+    )
     assert [(patch.before, patch.after) for patch in patcher.members["a"]] == [("x", "y"), ("z", "w")]
     assert [patch.count for patch in patcher.members["b"]] == [1, 2, (0, None)]
     assert Patcher("textwrap", {"a": [("x", "y")]}, a=[("z", "w")]).members["a"] == [Patch("x", "y"), Patch("z", "w")]
+
+
+def test_strings_in_indented_patterns_keep_their_text() -> None:
+    pattern = parse(
+        '''
+        x = """one
+        two
+    three"""
+        y = 1
+        '''
+    )
+    assert pattern.nodes[0].value.value == "one\n        two\n    three"  # type: ignore[attr-defined]

@@ -110,8 +110,8 @@ STATEMENTS = {
         "with l:\n  # first\n  a = 1  # one\n\n  # second\n  b = '''x\n y'''\n  c = 3  # three\nd = 4\n",
         "with l: $$body",
         "if m:\n    with n:\n        $$body\n        e = 5",
-        "if m:\n    with n:\n        # first\n        a = 1  # one\n\n        # second\n        b = '''x\n y'''\n        "
-        "c = 3\n        e = 5  # three\nd = 4\n",
+        "if m:\n    with n:\n        # first\n        a = 1  # one\n\n        # second\n"
+        "        b = '''x\n y'''\n        c = 3\n        e = 5  # three\nd = 4\n",
     ),
     "unwrapped": (
         "if x:\n\twith l:\n\t\ta = 1\n\t\tb = 2\n\tc = 3\n",
