@@ -1,7 +1,9 @@
-"""Patch sets: one module per upstream model family, imported as `interp_jax.patches.<family>`.
+"""Patch sets: one module per upstream model family.
 
-A patch set says, as before/after pairs of source text, where upstream's forward pass gets its tags, and which
-upstream faults are mended. Importing one patches nothing: installing does.
+A family's module holds `PATCH_SET` (its tags and mends), `HANDLED_KEYS` and `IGNORABLE_KEYS` (of its configuration)
+and `from_checkpoint`. Modules without a `PATCH_SET` hold what several families share.
+
+Reading order: transformers_gpt2, transformers_llama, then flax_attention and transformers_flax, which both use.
 
 Source: interp_jax.
 """

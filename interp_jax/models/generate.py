@@ -39,7 +39,7 @@ from interp_jax.core.errors import InvalidInputError, ShapeError, UnsupportedMod
 from interp_jax.core.interventions import Intervention, Masked, apply_intervention, describe
 from interp_jax.core.sites import Site, select_sites
 from interp_jax.models import passes
-from interp_jax.models.upstream import PAD, Upstream
+from interp_jax.models.upstream import PAD, KVCache, Upstream
 from interp_jax.transforms import running_pass
 from interp_jax.transforms.compilations import counted_jit
 
@@ -150,17 +150,13 @@ def generate(
     buffer[:, :n_prompt] = tokens
     log_probs = np.zeros((batch, settings.max_new_tokens), np.float32)
     running = np.ones(batch, bool)
-    if settings.use_cache:
-        if upstream.step is None or upstream.init_cache is None:
-            raise _no_cache(upstream)
-        cache = upstream.init_cache(batch, room)
+    step, cache = _cache(upstream, batch, room) if settings.use_cache else (None, None)
     for n_new in range(settings.max_new_tokens):
         end = n_prompt + n_new
-        start = end - 1 if settings.use_cache and n_new > 0 else 0
+        start = end - 1 if step is not None and n_new > 0 else 0
         at_hand = _at_columns(edits, start, n_prompt, settings.at)
-        if settings.use_cache:
-            piece = buffer[:, start:end]
-            logits, cache = passes.edit(upstream.step, (params, cache, piece), at_hand)
+        if step is not None:
+            logits, cache = passes.edit(step, (params, cache, buffer[:, start:end]), at_hand)
         else:
             logits = passes.edit(upstream.forward, (params, buffer), at_hand)
         last = lax.dynamic_index_in_dim(logits, np.int32(end - 1 - start), axis=1, keepdims=False)
@@ -378,12 +374,15 @@ def _check(settings: Settings, tokens: np.ndarray, n_ctx: int | None) -> None:
         )
 
 
-def _no_cache(upstream: Upstream) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        four_part(
-            f"{upstream.name} has no key-value cache",
-            where="generate",
-            expected="an Upstream with step and init_cache, or use_cache=False.",
-            fix="pass use_cache=False.",
+def _cache(upstream: Upstream, batch: int, room: int) -> tuple[Callable[..., Any], KVCache]:
+    """The function that reads tokens after those in a cache, and an empty cache."""
+    if upstream.step is None or upstream.init_cache is None:
+        raise UnsupportedModelError(
+            four_part(
+                f"{upstream.name} has no key-value cache",
+                where="generate",
+                expected="an Upstream with step and init_cache, or use_cache=False.",
+                fix="pass use_cache=False.",
+            )
         )
-    )
+    return upstream.step, upstream.init_cache(batch, room)

@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from interp_jax.core.errors import InvalidInputError, ShapeError, four_part
 from interp_jax.models.upstream import PAD
@@ -95,7 +96,7 @@ def check_tokens(
                 fix="shorten or split the text.",
             )
         )
-    if not isinstance(array, jax.core.Tracer):
+    if not isinstance(array, Tracer):
         _check_ids(np.asarray(array), d_vocab, where)
     return array.astype(np.int32)
 

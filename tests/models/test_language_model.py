@@ -86,10 +86,11 @@ def test_a_pass_inside_another(tiny_llama, engine: str) -> None:
     corrupted = TOKENS.copy()
     corrupted[:, 1] = 17
     clean = tiny_llama.run(TOKENS, sites="1.resid_post", engine=engine)
+    patched = tiny_llama.run(corrupted, sites="1.resid_post", engine=engine)
     for _, _, clean_value in clean:
-        for _ in (outer := tiny_llama.run(corrupted, sites="1.resid_post", engine=engine)):
-            outer.modified_value = clean_value
-    np.testing.assert_allclose(outer.retval, clean.retval, atol=2e-5)
+        for _ in patched:
+            patched.modified_value = clean_value
+    np.testing.assert_allclose(patched.retval, clean.retval, atol=2e-5)
     assert np.abs(np.asarray(tiny_llama(corrupted)) - np.asarray(clean.retval)).max() > 0.01
 
 

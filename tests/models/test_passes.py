@@ -32,8 +32,8 @@ def args(rng: np.random.Generator):
     return list(rng.standard_normal((6, 4, 4), np.float32)), rng.standard_normal((2, 4), np.float32)
 
 
-def by_hand(weights, x, edits):
-    values = {}
+def by_hand(args, edits):
+    (weights, x), values = args, {}
 
     def visit(layer, name, value):
         values[Site(layer, name)] = value = np.asarray(edits.get(Site(layer, name), lambda v: v)(value))
@@ -48,7 +48,7 @@ def by_hand(weights, x, edits):
 
 
 def test_read(args) -> None:
-    _, expected = by_hand(*args, {})
+    _, expected = by_hand(args, {})
     for select in ("mlp_out", ["embed", "3.resid_post"], "logits", None):
         values = passes.read(model, args, select)
         for site, value in values.items():
@@ -64,7 +64,7 @@ def test_edit(args) -> None:
         Site(4, "resid_pre"): lambda v: v + 1,
         Site(None, "embed"): lambda v: -v,
     }
-    expected, _ = by_hand(*args, edits)
+    expected, _ = by_hand(args, edits)
     np.testing.assert_allclose(passes.edit(model, args, edits), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -86,7 +86,7 @@ def test_a_pass_with_nothing_to_stop_at_compiles_a_layer(args) -> None:
     with count_compilations() as new:
         result = passes.edit(model, small, {})
     assert len(new) <= 3
-    np.testing.assert_allclose(result, by_hand(*small, {})[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(result, by_hand(small, {})[0], rtol=1e-5, atol=1e-6)
 
 
 def test_nothing_after_the_last_site_is_computed(args) -> None:

@@ -1,0 +1,227 @@
+"""What the Flax families of transformers (4.x) have in common: how their modules are called, cached and mended.
+
+A family's own file holds its patches, its configuration keys and its names of weights; everything its modules share
+(the call signature, the layout of the key-value cache, the full-size causal mask of every layer) is here.
+
+>>> before, after = NO_MASK_IN_SETUP
+>>> after
+'self.causal_mask = None'
+
+Sharp edges: upstream's code is written for JAX's default promotion rules and gets them, whatever the session's are.
+Padding is a negative token: it is embedded as token 0 at position 0 and masked, so what it holds is meaningless but
+finite, and no other position sees it.
+
+Source: transformers.modeling_flax_utils and the modeling_flax files of the families.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from interp_jax.core.errors import InvalidInputError, UnsupportedModelError, four_part
+from interp_jax.models.upstream import KVCache
+from interp_jax.transforms.greenlets import local_context
+
+if TYPE_CHECKING:
+    from interp_jax.models.weights.checkpoint import Checkpoint
+    from interp_jax.transforms.patcher import Patcher
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+# Mends: each layer would build, and hold as a constant, a causal mask of n_ctx x n_ctx.
+NO_MASK_IN_SETUP = (
+    'self.causal_mask = make_causal_mask(jnp.ones((1, config.max_position_embeddings), dtype="bool"), dtype="bool")',
+    "self.causal_mask = None",
+)
+MASK_BLOCK_IN_CALL = (
+    (
+        "lax.dynamic_slice(self.causal_mask, (0, 0, mask_shift, 0), (1, 1, query_length, max_decoder_length))",
+        "(jnp.arange(max_decoder_length)[None, :] <= mask_shift + jnp.arange(query_length)[:, None])[None, None]",
+    ),
+    (
+        "self.causal_mask[:, :, :query_length, :key_length]",
+        "(jnp.arange(key_length)[None, :] <= jnp.arange(query_length)[:, None])[None, None]",
+    ),
+)
+
+
+@contextlib.contextmanager
+def upstream_rules(patchers: Sequence[Patcher] = ()) -> Iterator[None]:
+    """Context in which upstream's code runs: JAX's default promotion rules, and these patchers in place."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.numpy_dtype_promotion("standard"))
+        stack.enter_context(jax.numpy_rank_promotion("allow"))
+        for patcher in patchers:
+            stack.enter_context(patcher)
+        yield
+
+
+def under(patchers: Sequence[Patcher], fn: Callable[..., Any], *, name: str) -> Callable[..., Any]:
+    """`fn` run under these patchers, which are out of force while a running pass is paused inside it."""
+    patchers = tuple(patchers)
+
+    def patched(*args: Any) -> Any:
+        with local_context(lambda: upstream_rules(patchers)):
+            return fn(*args)
+
+    patched.__name__ = patched.__qualname__ = name
+    return patched
+
+
+def read_tokens(tokens: Any, n_before: Any = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Token ids, mask and position ids as upstream wants them, from tokens with padding.
+
+    Args:
+        tokens: Token ids, negative at padding, `[batch, pos]`.
+        n_before: Number of tokens each row has read before these, `[batch, 1]` or 0.
+
+    Returns:
+        Ids, mask (true at tokens) and positions (counted from 0 over the tokens of the row), each `[batch, pos]`.
+    """
+    mask = tokens >= 0
+    positions = n_before + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
+    return jnp.maximum(tokens, 0), mask, jnp.maximum(positions, 0)
+
+
+def pure_functions(
+    module: Any,
+    *,
+    name: str,
+    tags: Sequence[Patcher],
+    mends: Sequence[Patcher],
+    ln_final: Callable[[Any, Any], Any],
+    unembed: Callable[[Any, Any], Any],
+    empty_cache: Callable[[int, int], Any],
+) -> dict[str, Callable[..., Any]]:
+    """The functions of an `Upstream`, from a Flax module of transformers.
+
+    Args:
+        module: A `...ForCausalLMModule`.
+        name: The family's name, for messages.
+        tags: The patchers that make the sites.
+        mends: The patchers that repair upstream.
+        ln_final: `(bound module, residual) -> normalised`.
+        unembed: `(bound module, normalised) -> logits`.
+        empty_cache: `(batch, length) -> cache` in upstream's own layout.
+
+    Returns:
+        `forward`, `untagged`, `step`, `init_cache`, `ln_final` and `unembed`.
+    """
+
+    def forward(params: Any, tokens: Any) -> jax.Array:
+        ids, mask, positions = read_tokens(tokens)
+        return module.apply({"params": params}, ids, attention_mask=mask, position_ids=positions).logits
+
+    def step(params: Any, cache: KVCache, tokens: Any) -> tuple[jax.Array, KVCache]:
+        ids, new_mask, positions = read_tokens(tokens, cache.mask.sum(axis=1, keepdims=True, dtype=jnp.int32))
+        mask = lax.dynamic_update_slice(cache.mask, new_mask, (0, cache.length))
+        out, changed = module.apply(
+            {"params": params, "cache": cache.layers},
+            ids,
+            attention_mask=mask,
+            position_ids=positions,
+            mutable=["cache"],
+        )
+        return out.logits, KVCache(changed["cache"], mask, cache.length + tokens.shape[1])
+
+    def init_cache(batch: int, length: int) -> KVCache:
+        return KVCache(empty_cache(batch, length), jnp.zeros((batch, length), bool), jnp.int32(0))
+
+    def part(method: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        return lambda params, value: module.apply({"params": params}, value, method=method)
+
+    return {
+        "forward": under((*mends, *tags), forward, name=f"{name}.forward"),
+        "untagged": under(mends, forward, name=f"{name}.forward"),
+        "step": under((*mends, *tags), step, name=f"{name}.step"),
+        "init_cache": init_cache,
+        "ln_final": under(mends, part(ln_final), name=f"{name}.ln_final"),
+        "unembed": under(mends, part(unembed), name=f"{name}.unembed"),
+    }
+
+
+def empty_layer_cache(batch: int, length: int, n_kv_heads: int, d_head: int, dtype: Any) -> dict[str, jax.Array]:
+    """One attention layer's part of upstream's key-value cache, with room for `length` tokens."""
+    shape = (batch, length, n_kv_heads, d_head)
+    return {
+        "cached_key": jnp.zeros(shape, dtype),
+        "cached_value": jnp.zeros(shape, dtype),
+        "cache_index": jnp.int32(0),
+    }
+
+
+def check_values(checkpoint: Checkpoint, *, required: Collection[str], allowed: Mapping[str, Collection[Any]]) -> None:
+    """Refuse configurations that upstream's code cannot compute.
+
+    Args:
+        checkpoint: The model on disk.
+        required: Keys that must be there.
+        allowed: For some keys, the values upstream's code is right for. A missing key or None passes.
+
+    Raises:
+        UnsupportedModelError: A key is missing or has another value.
+    """
+    missing = sorted(key for key in required if checkpoint.config.get(key) is None)
+    if missing:
+        raise UnsupportedModelError(
+            four_part(
+                f"Configuration without {', '.join(missing)}",
+                where=checkpoint.source,
+                expected=f"a {checkpoint.family} configuration with {', '.join(sorted(required))}.",
+                fix="check that config.json is complete and belongs to this model.",
+            )
+        )
+    wrong = {
+        key: (value, values)
+        for key, values in allowed.items()
+        if (value := checkpoint.config.get(key)) is not None and value not in values
+    }
+    if wrong:
+        raise UnsupportedModelError(
+            four_part(
+                "Configuration with " + ", ".join(f"{key}={value!r}" for key, (value, _) in wrong.items()),
+                where=checkpoint.source,
+                expected="; ".join(f"{key} to be {_one_of(values)}" for key, (_, values) in wrong.items())
+                + f": transformers' Flax {checkpoint.family} does not have the other cases.",
+                fix="use another model, or teach the family's patch set (a mend) what this setting means.",
+            )
+        )
+
+
+def dtype_name(dtype: Any) -> str:
+    """The name of a parameter dtype, once it is known to be one upstream computes in.
+
+    Args:
+        dtype: A dtype or its name.
+
+    Returns:
+        One of `DTYPES`.
+
+    Raises:
+        InvalidInputError: Anything else.
+    """
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in DTYPES or (name == "float64" and not jax.config.read("jax_enable_x64")):
+        raise InvalidInputError(
+            four_part(
+                f"dtype={name!r} was given",
+                where="load",
+                names=DTYPES[:3],
+                given=name,
+                fix="use one of these; float64 needs jax.config.update('jax_enable_x64', True) first.",
+            )
+        )
+    return name
+
+
+def _one_of(values: Collection[Any]) -> str:
+    return " or ".join(map(repr, values))
