@@ -6,14 +6,17 @@ Question: on "When Mary and John went to the store, John gave a drink to", at wh
 Expected: names only in the upper half of the layers; a few attention layers there that move the name, and the MLP of
 layer 0, without which no token is read as itself.
 
-Found: see `interp-jax demo`, which runs this file and says it in words.
+Found: " Mary" has 92 % and leads by 6.1, yet no layer but the last one decodes to it: layers 23 to 28 say " the". The
+answer rests on the first layers (the MLP of layer 0, the attention of layers 0 and 1) and on the MLP of layer 11:
+without any of these " John" overtakes. The mover of names is the attention of layer 23 (-4.6), against layer 24's
+(+2.1). `interp-jax demo` runs this file and says so.
 
-Each effect is measured twice, by a loop of running passes and by one compiled sweep, which must agree.
+Each effect is measured twice, by a loop of running passes and by one compiled sweep, which agree to 1e-4.
 
 >>> Config().prompt
 'When Mary and John went to the store, John gave a drink to'
 
-Sharp edges: the first time of each route includes what it compiles; the second does not.
+Sharp edges: the first time of each route includes what it compiles; later ones do not.
 
 Source: the prompt is of the kind of Wang et al., "Interpretability in the Wild" (2211.00593).
 """
@@ -49,17 +52,21 @@ class Config:
         prompt: The text whose next token is asked for.
         answer: The right next token.
         other: The wrong one it competes with.
+        sites: Which sites are silenced, one at a time.
         top_k: How many tokens are kept per view and position.
+        n_times: How often each route is measured; the first time it compiles.
     """
 
     model: str = "smollm2-135m"
     prompt: str = "When Mary and John went to the store, John gave a drink to"
     answer: str = " Mary"
     other: str = " John"
+    sites: tuple[str, ...] = ("attn_out", "mlp_out")
     top_k: int = 5
+    n_times: int = 2
 
 
-SMOKE = Config(prompt="Mary met John. John gave a drink to")
+SMOKE = Config(prompt="Mary met John. John called", sites=("29.attn_out", "29.mlp_out"), n_times=1)
 
 
 @dataclass(frozen=True)
@@ -71,10 +78,10 @@ class Result:
         prompt: The prompt.
         metric: The metric of the effects, in symbols.
         lens: The logit lens of the prompt; its last view is the model's output.
-        effects: The effect of zeroing each `attn_out` and `mlp_out`, by the sweep.
+        effects: The effect of zeroing each site, by the sweep.
         effects_by_loop: The same by the loop.
         max_difference: The largest difference between the two, in logits.
-        seconds: Seconds each route took, `[first time, second time]`.
+        seconds: Seconds each route took, each time it was measured.
         texts: Text of every token id that occurs, by the id's digits.
     """
 
@@ -89,7 +96,7 @@ class Result:
     texts: Mapping[str, str]
 
     def decode(self, tokens: Any) -> str:
-        """Text of token ids, from the result alone."""
+        """Text of these `tokens`, from the result alone."""
         return "".join(self.texts[str(int(token))] for token in np.ravel(tokens))
 
 
@@ -117,9 +124,9 @@ def run(config: Config, *, lm: LanguageModel | None = None, progress: bool = Tru
     seconds: dict[str, list[float]] = {}
     for route in ROUTES:
         seconds[route] = []
-        for _ in range(2):
+        for _ in range(config.n_times):
             start = time.perf_counter()
-            by_route[route] = layer_effects(model, tokens, metric, route=route, progress=progress)
+            by_route[route] = layer_effects(model, tokens, metric, sites=config.sites, route=route, progress=progress)
             seconds[route].append(time.perf_counter() - start)
     ids = {int(token) for part in (tokens, lens.top_ids, lens.target) for token in np.ravel(part)}
     return Result(

@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_version(options: argparse.Namespace) -> int:
-    """`interp-jax --version`."""
+    """`interp-jax --version`; it has no options."""
     from importlib.metadata import version
 
     print(f"interp-jax {version('interp-jax')}")
@@ -128,7 +128,7 @@ def run_version(options: argparse.Namespace) -> int:
 
 
 def run_demo(options: argparse.Namespace) -> int:
-    """`interp-jax demo`."""
+    """`interp-jax demo` with its options."""
     _check_writable(options.out)
     from interp_jax.experiments import ioi_layers
     from interp_jax.figures import terminal
@@ -160,7 +160,7 @@ def run_demo(options: argparse.Namespace) -> int:
 
 
 def run_lens(options: argparse.Namespace) -> int:
-    """`interp-jax lens TEXT`."""
+    """`interp-jax lens TEXT` with its options."""
     _check_text(options.text)
     _check_writable(options.out)
     from interp_jax.figures.logit_lens import lens_figure, lens_page
@@ -180,7 +180,7 @@ def run_lens(options: argparse.Namespace) -> int:
 
 
 def run_doctor(options: argparse.Namespace) -> int:
-    """`interp-jax doctor [MODEL]`."""
+    """`interp-jax doctor [MODEL]` with its options."""
     if options.patches:
         return run_patches(options)
     report = _loaded(options.model).check()
@@ -189,7 +189,7 @@ def run_doctor(options: argparse.Namespace) -> int:
 
 
 def run_patches(options: argparse.Namespace) -> int:
-    """`interp-jax patches`."""
+    """`interp-jax patches`; it has no options."""
     reports = {patch_set.name: patch_set.check() for patch_set in patch_sets()}
     print("\n".join(f"{name}: {report}" for name, report in reports.items()))
     return 1 if any(report.is_broken for report in reports.values()) else 0
