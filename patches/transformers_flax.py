@@ -63,7 +63,7 @@ def upstream_rules(patchers: Sequence[Patcher] = ()) -> Iterator[None]:
 
 
 def under(patchers: Sequence[Patcher], fn: Callable[..., Any], *, name: str) -> Callable[..., Any]:
-    """`fn` run under these patchers, which are out of force while a running pass is paused inside it."""
+    """`fn` under another name and these patchers, which are out of force while a running pass is paused inside it."""
     patchers = tuple(patchers)
 
     def patched(*args: Any) -> Any:
@@ -147,7 +147,7 @@ def pure_functions(
 
 
 def empty_layer_cache(batch: int, length: int, n_kv_heads: int, d_head: int, dtype: Any) -> dict[str, jax.Array]:
-    """One attention layer's part of upstream's key-value cache, with room for `length` tokens."""
+    """One attention layer's part of upstream's key-value cache, `[batch, length, n_kv_heads, d_head]` of a dtype."""
     shape = (batch, length, n_kv_heads, d_head)
     return {
         "cached_key": jnp.zeros(shape, dtype),

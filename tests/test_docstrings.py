@@ -90,11 +90,12 @@ def documented(docstring: str) -> list[str] | None:
 
 
 def is_inherited(module: Module, name: str) -> bool:
-    """Whether a method has the docstring of the method it overrides, from a class of the same module."""
+    """Whether a method has the docstring of one it overrides, or of a protocol it follows, in the same module."""
     owner, _, method = name.rpartition(".")
     known = dict(public_definitions(module))
-    bases = [ast.unparse(base) for base in getattr(known.get(owner), "bases", [])]
-    inherited = [known[f"{base}.{method}"] for base in bases if f"{base}.{method}" in known]
+    protocols = {n for n, node in known.items() if "Protocol" in [ast.unparse(b) for b in getattr(node, "bases", [])]}
+    bases = protocols | {ast.unparse(base) for base in getattr(known.get(owner), "bases", [])}
+    inherited = [known[f"{base}.{method}"] for base in sorted(bases) if f"{base}.{method}" in known]
     return any(ast.get_docstring(node) for node in inherited)
 
 

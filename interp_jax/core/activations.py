@@ -101,7 +101,7 @@ jax.tree_util.register_pytree_node(
 
 
 class SiteRow(NamedTuple):
-    """A site and what it holds: an array or a `jax.ShapeDtypeStruct` (or a pytree of them)."""
+    """A site, the value it holds (an array or `jax.ShapeDtypeStruct`, or a pytree of them), and its line of source."""
 
     site: Site
     value: Any
@@ -153,7 +153,7 @@ class SiteTable(Sequence[SiteRow]):
     def __repr__(self) -> str:
         lines = [("name", "layers", "shape", "dtype", "bytes"), *self._groups()]
         widths = [max(len(line[column]) for line in lines) for column in range(5)]
-        rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+        rows = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
         return "\n".join([self._title_line(), *("  " + row for row in rows)])
 
     def _repr_html_(self) -> str:

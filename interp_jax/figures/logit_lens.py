@@ -48,7 +48,17 @@ _SHADES = ("#f3f7fb", "#cfe1f2", "#8fbde3", "#3f86cc", "#1b5ba3", "#0a2f62")
 
 
 class LensCells(NamedTuple):
-    """One row of a result without its padding; arrays `[view, pos]`, or `[view, pos, k]` for the top tokens."""
+    """One row of a result without its padding; arrays `[view, pos]`, or `[view, pos, k]` for the top tokens.
+
+    Args:
+        labels: Name of each view.
+        positions: Position of each token in the row.
+        inputs: The tokens read.
+        targets: The tokens that follow them.
+        defined: Whether a position has a target.
+        texts: The top tokens, decoded.
+        values: The statistics to draw, by name.
+    """
 
     labels: list[str]
     positions: np.ndarray

@@ -78,7 +78,7 @@ def shorten_text(text: str, n_columns: int) -> str:
 
 
 def text_width(text: str) -> int:
-    """Columns a string takes in a terminal: 2 for wide characters, 0 for combining marks."""
+    """Columns a text takes in a terminal: 2 for wide characters, 0 for combining marks."""
     return sum(
         0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text
     )

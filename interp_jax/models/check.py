@@ -288,7 +288,7 @@ def _unheard(
 
 
 def stable_hlo(fn: Callable[..., Any], *args: Any) -> str:
-    """The StableHLO text `jax.jit(fn)` lowers to, without the function's name."""
+    """The StableHLO text `jax.jit(fn)` lowers to on these `args`, without the function's name."""
     return re.sub(r"^module @\S+", "module", jax.jit(fn).lower(*args).as_text())
 
 

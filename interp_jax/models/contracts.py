@@ -44,7 +44,7 @@ ACTIVATIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 class Finding(NamedTuple):
-    """One comparison a contract made."""
+    """One comparison a contract made: the site, the largest error there, and the error that is allowed."""
 
     site: Site
     error: float
@@ -82,11 +82,11 @@ class Evidence:
         return self._double[site]
 
     def has(self, layer: int | None, *names: str) -> bool:
-        """Whether these sites are there."""
+        """Whether the sites of these `names` are there in a layer."""
         return all(Site(layer, name) in self.values for name in names)
 
     def w(self, name: str, layer: int) -> np.ndarray:
-        """A layer's weight in double precision; zero for a bias the model does not have."""
+        """The weight of this name and layer in double precision; zero for a bias the model does not have."""
         if name not in self.weight_names or self.weight is None:
             return np.zeros(())
         return np.asarray(self.weight(name, layer), np.float64)
@@ -97,11 +97,11 @@ class Evidence:
         return sorted({site.layer for site in self.values if site.layer is not None})
 
     def rounding(self, site: Site, *, n_roundings: int = 4) -> float:
-        """Relative error of a few roundings in the site's dtype."""
+        """Relative error of `n_roundings` roundings in the site's dtype."""
         return n_roundings * float(jnp.finfo(self.values[site].dtype).eps)
 
     def product(self, site: Site) -> float:
-        """Relative error allowed where sums of products are compared."""
+        """Relative error allowed at a site where sums of products are compared."""
         eps = float(jnp.finfo(self.values[site].dtype).eps)
         return max(1e-4, 8 * eps)
 

@@ -98,7 +98,7 @@ class Generation:
         return self.tokens[:, self.n_prompt :]
 
     def with_text(self, tokenizer: Tokenizer) -> Generation:
-        """The same with `texts` filled in; what ended a row is left out of its text."""
+        """The same with `texts` filled in by a tokenizer; what ended a row is left out of its text."""
         texts = tuple(tokenizer.decode(row, skip_special_tokens=True) for row in self.new_tokens.tolist())
         return dataclasses.replace(self, texts=texts)
 
@@ -171,7 +171,7 @@ def generate(
 
 
 class Sampler(NamedTuple):
-    """The parts of sampling that decide what is compiled."""
+    """The parts of sampling that decide what is compiled: `is_greedy`, `top_k` (None: all), `has_top_p`."""
 
     is_greedy: bool
     top_k: int | None

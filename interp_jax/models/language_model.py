@@ -275,11 +275,11 @@ class LanguageModel:
         return check_model(self.upstream, self.params, self.config, tokens, name=self._label)
 
     def ln_final(self, residual: Any) -> jax.Array:
-        """The norm before the unembedding, on any `[..., d_model]` of rank 3: upstream's own code."""
+        """The norm before the unembedding, on a residual `[batch, pos, d_model]`: upstream's own code."""
         return self._part("ln_final")(self.params, residual)
 
     def unembed(self, normalised: Any) -> jax.Array:
-        """Logits of what `ln_final` returns: upstream's own code."""
+        """Logits of a normalised residual, as `ln_final` returns it: upstream's own code."""
         return self._part("unembed")(self.params, normalised)
 
     def weight(self, name: str, layer: int | None = None) -> jax.Array:
@@ -381,7 +381,7 @@ class LanguageModel:
         return _map_rows(tokenizer.strings, text)
 
     def check_tokens(self, tokens: Any, *, where: str = "") -> Any:
-        """The tokens as int32, once they are known to fit this model; see `interp_jax.models.tokens`."""
+        """The tokens as int32, once they are known to fit this model; `where` names the caller in errors."""
         place = f"{self._label}.{where}" if where else self._label
         if self.config is None:
             return check_tokens(tokens, where=place)

@@ -28,7 +28,7 @@ import jax
 
 
 class Compilation(NamedTuple):
-    """One compilation: the function's name, and the shapes that called for it."""
+    """One compilation: the function's name, and the reason (the shapes that called for it)."""
 
     name: str
     reason: str

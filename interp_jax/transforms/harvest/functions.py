@@ -87,13 +87,13 @@ def _harvest(
 
 
 def call_and_reap(f: Callable[..., Any], **options: Any) -> Callable[..., tuple[Any, dict[str, Any]]]:
-    """A function that returns `(result, reaps)`; options as of `harvest`."""
+    """`f` as a function that returns `(result, reaps)`; options as of `harvest`."""
     harvested = harvest(f, **options)
     return _renamed(f, lambda *args, **kwargs: harvested({}, *args, **kwargs))
 
 
 def reap(f: Callable[..., Any], **options: Any) -> Callable[..., dict[str, Any]]:
-    """A function that returns the reaped values only; options as of `harvest`."""
+    """`f` as a function that returns the reaped values only; options as of `harvest`."""
     harvested = harvest(f, **options)
     return _renamed(f, lambda *args, **kwargs: harvested({}, *args, **kwargs)[1])
 
