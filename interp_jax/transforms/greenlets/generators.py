@@ -94,16 +94,16 @@ def _without_top_frame(error: BaseException) -> Any:
 
 
 class GreenletGenerator(Generator[Any, Any, Any]):
-    """A generator whose body is any function that calls `yield_`. Made by `generator`."""
+    """A generator whose body is `fn(*args, **kwargs)`, any function that calls `yield_`. Made by `generator`."""
 
     __slots__ = ("__name__", "__qualname__", "__weakref__", "_driver", "_home")
 
     def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._home: Scope | None = None  # of the greenlet that started it
         self.__name__ = getattr(fn, "__name__", type(fn).__name__)
         self.__qualname__ = getattr(fn, "__qualname__", self.__name__)
         self._driver: Any = _drive(f"generator {self.__qualname__!r}", fn, args, kwargs)
         self._driver.__qualname__ = self.__qualname__
-        self._home: Scope | None = None  # of the greenlet that started it
 
     def __next__(self) -> Any:
         """Runs to the next `yield_` and returns what it yields."""
@@ -120,7 +120,7 @@ class GreenletGenerator(Generator[Any, Any, Any]):
         return self._resume(self._driver.send, box)
 
     def throw(self, *error: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Raises an exception at the `yield_` that the body waits at; then like `next`."""
+        """Raises an error at the `yield_` that the body waits at; then like `next`."""
         try:
             return self._resume(self._driver.throw, *error)
         finally:
@@ -168,7 +168,9 @@ class GreenletGenerator(Generator[Any, Any, Any]):
             scope.live.append(self._driver)
         elif state == inspect.GEN_SUSPENDED and (not scope.live or scope.live[-1] is not self._driver):
             self._refuse(scope)
-        # Of one that is running or has ended, the driver says what any generator says.
+        elif state == inspect.GEN_RUNNING:  # said here: CPython 3.11 may crash in throw and close of a running one
+            raise ValueError("generator already executing")
+        # To one that has ended, the driver does what any generator does.
 
     def _refuse(self, scope: Scope) -> NoReturn:
         name, home = repr(self.__qualname__), cast(Scope, self._home)
@@ -332,7 +334,12 @@ def yield_from(iterable: Iterable[Any], /) -> Any:
                 raise
             resume = partial(throw, error)
         else:
-            resume = partial(next, iterator) if reply[0] is None else partial(iterator.send, reply.pop())
+            if reply[0] is None:
+                resume = partial(next, iterator)
+            elif isinstance(iterator, GreenletGenerator):
+                resume = partial(iterator.send_box, reply)
+            else:
+                resume = partial(iterator.send, reply.pop())
 
 
 def _close_and_raise(iterator: Any, error: GeneratorExit) -> NoReturn:

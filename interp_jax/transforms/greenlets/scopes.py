@@ -15,6 +15,7 @@ Source: mishax (github.com/google-deepmind/mishax), LocalContextManager and its 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import threading
 from collections.abc import Callable
@@ -80,6 +81,10 @@ def current_scope() -> Scope:
     if scope is None:
         scope = attributes["interp_jax_scope"] = Scope()
     return scope
+
+
+# Like native generators, those still suspended at the end of the program are closed: greenlet itself drops them.
+atexit.register(lambda: current_scope().close_live())
 
 
 class local_context:  # noqa: N801 - used like a function

@@ -9,6 +9,9 @@ import contextlib
 import functools
 import inspect
 import itertools
+import subprocess
+import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -339,3 +342,25 @@ def test_the_bodies_reach_every_outcome_of_the_protocol() -> None:
         "'list_iterator' object has no attribute 'send'",
         "'int' object is not iterable",
     } <= seen
+
+
+@pytest.mark.parametrize("call", ["throw(KeyError)", "close()"])
+def test_entering_itself_again_and_again_does_not_crash(call: str) -> None:
+    """CPython 3.11 may take an inline cache for an instruction in `throw` and `close` on a running generator.
+
+    It depends on how warm the code is, so this runs in a fresh interpreter.
+    """
+    script = f"""
+        from interp_jax.transforms.greenlets import generator
+
+        def body():
+            try:
+                gen.{call}
+            except ValueError as error:
+                assert str(error) == "generator already executing"
+
+        for _ in range(500):
+            gen = generator(body)
+            assert list(gen) == []
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
