@@ -45,6 +45,11 @@ if TYPE_CHECKING:
     from interp_jax.core.errors import UnsupportedModelError as UnsupportedModelError
     from interp_jax.core.interventions import Masked as Masked
     from interp_jax.core.sites import Site as Site
+    from interp_jax.forward.metrics import logit_difference as logit_difference
+    from interp_jax.forward.sweeps import scaled as scaled
+    from interp_jax.forward.sweeps import sweep as sweep
+    from interp_jax.methods.layer_effects import layer_effects as layer_effects
+    from interp_jax.methods.logit_lens import logit_lens as logit_lens
     from interp_jax.models.language_model import LanguageModel as LanguageModel
     from interp_jax.models.loading import load as load
     from interp_jax.transforms import greenlets as greenlets
@@ -76,6 +81,10 @@ _HOMES = {
     ),
     "interp_jax.core.interventions": ("Masked",),
     "interp_jax.core.sites": ("Site",),
+    "interp_jax.forward.metrics": ("logit_difference",),
+    "interp_jax.forward.sweeps": ("scaled", "sweep"),
+    "interp_jax.methods.layer_effects": ("layer_effects",),
+    "interp_jax.methods.logit_lens": ("logit_lens",),
     "interp_jax.models.language_model": ("LanguageModel",),
     "interp_jax.models.loading": ("load",),
     "interp_jax.transforms.compilations": ("compilations",),
