@@ -36,7 +36,7 @@ from interp_jax.transforms.patcher.upstream import (
     Member,
     Upstream,
     find_member,
-    is_code_of,
+    functions_of,
     reachable,
     reachable_functions,
 )
@@ -168,7 +168,9 @@ def make_plan(
         if not patches:
             plan.edits.setdefault(member.upstream, [])
             for node in _outermost_functions(member):
-                _add_function(plan, member, node, code_of)
+                inner, _ = _owner(member, list(member.upstream.ancestors(node))[::-1], code_of)
+                if functions_of(inner.holder, member.upstream, node, code_of):
+                    _add_function(plan, inner, node, code_of)
     _add_copies(plan, code_of, known_functions)
     return plan
 
@@ -210,29 +212,36 @@ def _wrong_count(member: Member, patch: Patch, found: Sequence[ast.AST]) -> str:
 def _aim(plan: Plan, member: Member, edit: Edit, code_of: CodeOf) -> None:
     """Notes which function or class an edit changes."""
     chain = list(member.upstream.ancestors(edit.nodes[0]))[::-1]
+    inner, node = _owner(member, chain, code_of)
+    is_alive = node is not None and bool(functions_of(inner.holder, member.upstream, node, code_of))
+    if node is not None and is_alive and _is_inside(edit, node, chain):
+        _add_function(plan, inner, node, code_of)
+    elif inner.class_node is None:
+        raise PatchError(_not_in_place(member, edit))
+    elif node is not None and not is_alive and not isinstance(node, ast.Lambda):
+        raise PatchError(_not_alive(member, node))
+    else:
+        name = member.upstream.qualname(inner.class_node)
+        plan.classes.setdefault(
+            inner.class_node, ClassTarget(name, member.upstream, inner.class_node, inner.holder)
+        )
+
+
+def _owner(member: Member, chain: Sequence[ast.AST], code_of: CodeOf) -> tuple[Member, ast.AST | None]:
+    """The innermost live class (or the member itself) and the outermost function in it, on the way down to a node."""
     if member.class_node is None:
         for node in chain:
-            if isinstance(node, (*DEFS, ast.Lambda)) and _functions_of(member.holder, member.upstream, node, code_of):
-                if _is_inside(edit, node, chain):
-                    _add_function(plan, member, node, code_of)
-                    return
-                break
-        raise PatchError(_not_in_place(member, edit))
+            is_function = isinstance(node, (*DEFS, ast.Lambda))
+            if is_function and functions_of(member.holder, member.upstream, node, code_of):
+                return member, node
+        return member, None
     cls, class_node = member.holder, member.class_node
     for node in chain[chain.index(class_node) + 1 :]:
         if isinstance(node, ast.ClassDef) and isinstance(vars(cls).get(node.name), type):
             cls, class_node = vars(cls)[node.name], node
         elif isinstance(node, (*DEFS, ast.Lambda)):
-            inner = Member(member.name, member.upstream, [node], cls, class_node)
-            is_alive = bool(_functions_of(cls, member.upstream, node, code_of))
-            if is_alive and _is_inside(edit, node, chain):
-                _add_function(plan, inner, node, code_of)
-                return
-            if not is_alive and not isinstance(node, ast.Lambda):
-                raise PatchError(_not_alive(member, node))
-            break
-    name = member.upstream.qualname(class_node)
-    plan.classes.setdefault(class_node, ClassTarget(name, member.upstream, class_node, cls))
+            return Member(member.name, member.upstream, [node], cls, class_node), node
+    return Member(member.name, member.upstream, [class_node], cls, class_node), None
 
 
 def _is_inside(edit: Edit, node: ast.AST, chain: Sequence[ast.AST]) -> bool:
@@ -253,7 +262,7 @@ def _is_inside(edit: Edit, node: ast.AST, chain: Sequence[ast.AST]) -> bool:
 def _add_function(plan: Plan, member: Member, node: ast.AST, code_of: CodeOf) -> None:
     if node in plan.functions:
         return
-    functions = _functions_of(member.holder, member.upstream, node, code_of)
+    functions = functions_of(member.holder, member.upstream, node, code_of)
     name = member.upstream.qualname(node)
     cls = member.holder if isinstance(member.holder, type) else None
     class_node = member.class_node
@@ -285,29 +294,6 @@ def _class_of(function: types.FunctionType, upstream: Upstream, node: ast.ClassD
     for i, part in enumerate(upstream.qualname(node).split(".")):
         value = function.__globals__.get(part) if i == 0 else getattr(value, part, None)
     return value if isinstance(value, type) else None
-
-
-def _functions_of(holder: Any, upstream: Upstream, node: ast.AST, code_of: CodeOf) -> list[types.FunctionType]:
-    """The functions a holder holds that were made from a definition."""
-    if isinstance(holder, type):
-        attributes = vars(holder)
-        name = getattr(node, "name", "<lambda>")
-        raws = [attributes[name]] if name in attributes else []
-        found = _from_definition(raws, upstream, node, code_of)
-        return found or _from_definition(list(attributes.values()), upstream, node, code_of)
-    return _from_definition([holder], upstream, node, code_of)
-
-
-def _from_definition(
-    holders: Sequence[Any], upstream: Upstream, node: ast.AST, code_of: CodeOf
-) -> list[types.FunctionType]:
-    found: dict[int, types.FunctionType] = {}
-    for holder in holders:
-        for function in reachable_functions(holder):
-            code = code_of(function)
-            if code.co_filename == upstream.filename and is_code_of(code, node) and upstream.definition(code) is node:
-                found[id(function)] = function
-    return list(found.values())
 
 
 def _outermost_functions(member: Member) -> Iterator[ast.AST]:

@@ -35,6 +35,7 @@ from interp_jax.transforms.patcher.syntax import DEFS, Place, SourceText, first_
 # Where wrappers keep what they wrap: functools, descriptors, partial, jax.custom_jvp and jax.custom_vjp.
 _LINKS = ("__wrapped__", "__func__", "func", "fget", "fset", "fdel", "fun", "fwd", "bwd", "jvp")
 _MOST_OBJECTS = 400
+_SCOPES = (*DEFS, ast.Lambda, ast.ClassDef, ast.Module)
 
 CodeOf = Callable[[types.FunctionType], types.CodeType]
 
@@ -227,6 +228,39 @@ def _is_full(cell: types.CellType) -> bool:
         return False
 
 
+def functions_of(holder: Any, upstream: Upstream, node: ast.AST, code_of: CodeOf) -> list[types.FunctionType]:
+    """The functions that were made from a definition and that an object holds.
+
+    Args:
+        holder: A class, or what holds functions.
+        upstream: The definition's file.
+        node: The definition.
+        code_of: Original code of a function, where it may be patched at present.
+
+    Returns:
+        The functions.
+    """
+    if isinstance(holder, type):
+        attributes = vars(holder)
+        name = getattr(node, "name", "<lambda>")
+        raws = [attributes[name]] if name in attributes else []
+        found = _from_definition(raws, upstream, node, code_of)
+        return found or _from_definition(list(attributes.values()), upstream, node, code_of)
+    return _from_definition([holder], upstream, node, code_of)
+
+
+def _from_definition(
+    holders: Sequence[Any], upstream: Upstream, node: ast.AST, code_of: CodeOf
+) -> list[types.FunctionType]:
+    found: dict[int, types.FunctionType] = {}
+    for holder in holders:
+        for function in reachable_functions(holder):
+            code = code_of(function)
+            if code.co_filename == upstream.filename and is_code_of(code, node) and upstream.definition(code) is node:
+                found[id(function)] = function
+    return list(found.values())
+
+
 def find_member(module: types.ModuleType, name: str, *, code_of: CodeOf | None = None) -> Member:
     """The member of a module that a dotted name means.
 
@@ -244,9 +278,13 @@ def find_member(module: types.ModuleType, name: str, *, code_of: CodeOf | None =
     code_of = code_of or (lambda function: function.__code__)
     where = f"{module.__name__}:{name}"
     holder: Any = module
+    owner: Any = None
     parts = name.split(".")
     for depth, part in enumerate(parts):
+        owner = holder
         if isinstance(holder, type):
+            if part not in vars(holder) and part.startswith("__"):
+                part = parts[depth] = f"_{holder.__name__.lstrip('_')}{part}"  # as Python stores private names
             if part not in vars(holder):
                 raise PatchError(_unknown(module, holder, parts[: depth + 1]))
             holder = vars(holder)[part]
@@ -258,7 +296,8 @@ def find_member(module: types.ModuleType, name: str, *, code_of: CodeOf | None =
             return _inner(_function_member(".".join(parts[:depth]), holder, code_of, where), parts[depth:], where)
     if isinstance(holder, type):
         return _class_member(name, holder, code_of, where)
-    return _function_member(name, holder, code_of, where)
+    method = _method_member(name, owner, parts[-1], code_of, where) if isinstance(owner, type) else None
+    return method or _function_member(name, holder, code_of, where)
 
 
 def _function_member(name: str, holder: Any, code_of: CodeOf, where: str) -> Member:
@@ -330,6 +369,27 @@ def _class_member(name: str, cls: type, code_of: CodeOf, where: str) -> Member:
     if not nodes:
         raise PatchError(stale(where, upstream))
     return Member(name, upstream, [nodes[-1]], cls, nodes[-1])
+
+
+def _method_member(name: str, cls: type, part: str, code_of: CodeOf, where: str) -> Member | None:
+    """The definitions of a method in the body of its class, if they are in use.
+
+    What the class has under the name can be something else: `enum` puts a `__new__` of its own in the place of one.
+    """
+    try:
+        whole = _class_member(name, cls, code_of, where)
+    except PatchError:
+        return None
+    upstream = whole.upstream
+    nodes = [
+        node
+        for node in upstream.definitions
+        if isinstance(node, DEFS)
+        and part in (node.name, f"_{cls.__name__.lstrip('_')}{node.name}")
+        and next(a for a in upstream.ancestors(node) if a is not node and isinstance(a, _SCOPES)) is whole.class_node
+        and functions_of(cls, upstream, node, code_of)
+    ]
+    return Member(name, upstream, nodes, cls, whole.class_node) if nodes else None
 
 
 def _inner(member: Member, parts: Sequence[str], where: str) -> Member:

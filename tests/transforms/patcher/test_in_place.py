@@ -212,6 +212,7 @@ CALLS = {
     "Base.static_method": lambda m: m.Base.static_method(1),
     "Base.lazy": lambda m: _instance(m).lazy,
     "Base.remembered": lambda m: m.Child.remembered(COMMON, 1),
+    "Base.__private": lambda m: _instance(m).calls_private(1),
     "Base._Base__private": lambda m: _instance(m).calls_private(1),
     "Base.__call__": lambda m: _instance(m)(1),
     "Base.by_lambda": lambda m: _instance(m).by_lambda(1),
