@@ -38,9 +38,9 @@ def chained(params, tokens):
     return jnp.einsum("bpd,dv->bpv", x, params["W_U"])
 
 
-def make_lm(rng, forward):
-    shapes = {"W_E": (D_VOCAB, D_MODEL), "W_U": (D_MODEL, D_VOCAB)}
-    shapes |= dict.fromkeys(("attn", "mlp"), (N_LAYERS, D_VOCAB, D_MODEL))
+def make_lm(rng, forward, *, d_model=D_MODEL):
+    shapes = {"W_E": (D_VOCAB, d_model), "W_U": (d_model, D_VOCAB)}
+    shapes |= dict.fromkeys(("attn", "mlp"), (N_LAYERS, D_VOCAB, d_model))
     params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
     return LanguageModel(Upstream(forward.__name__, forward), params)
 
@@ -76,7 +76,8 @@ def test_both_routes_agree_where_writes_depend_on_each_other(rng, tokens):
 
 
 def test_the_loop_compiles_no_program_per_site(rng, tokens):
-    lm = make_lm(rng, chained)
+    # A size of its own: programs are shared by whatever has the same code and shapes.
+    lm = make_lm(rng, chained, d_model=D_MODEL + 1)
     with count_compilations() as few:
         layer_effects(lm, tokens, logit_difference(3, 7), sites="0.*", route="loop", progress=False)
     with count_compilations() as all_sites:
