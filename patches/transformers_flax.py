@@ -156,13 +156,20 @@ def empty_layer_cache(batch: int, length: int, n_kv_heads: int, d_head: int, dty
     }
 
 
-def check_values(checkpoint: Checkpoint, *, required: Collection[str], allowed: Mapping[str, Collection[Any]]) -> None:
+def check_values(
+    checkpoint: Checkpoint,
+    *,
+    required: Collection[str],
+    allowed: Mapping[str, Collection[Any]],
+    divides: Collection[tuple[str, str]],
+) -> None:
     """Refuse configurations that upstream's code cannot compute.
 
     Args:
         checkpoint: The model on disk.
         required: Keys that must be there.
         allowed: For some keys, the values upstream's code is right for. A missing key or None passes.
+        divides: Pairs of keys of which the first must divide the second.
 
     Raises:
         UnsupportedModelError: A key is missing or has another value.
@@ -192,6 +199,24 @@ def check_values(checkpoint: Checkpoint, *, required: Collection[str], allowed: 
                 fix="use another model, or teach the family's patch set (a mend) what this setting means.",
             )
         )
+    for part, whole in divides:
+        small, large = checkpoint.config.get(part), checkpoint.config.get(whole)
+        if small is not None and large is not None and (small < 1 or large % small):
+            raise UnsupportedModelError(
+                four_part(
+                    f"Configuration with {part}={small} and {whole}={large}",
+                    where=checkpoint.source,
+                    expected=f"{part} to divide {whole}.",
+                    fix="check that config.json belongs to this model.",
+                )
+            )
+
+
+def activations() -> tuple[str, ...]:
+    """The names of the nonlinearities the installed transformers has for Flax."""
+    from transformers.modeling_flax_utils import ACT2FN
+
+    return tuple(ACT2FN)
 
 
 def dtype_name(dtype: Any) -> str:
@@ -210,7 +235,7 @@ def dtype_name(dtype: Any) -> str:
         name = jnp.dtype(dtype).name
     except TypeError:
         name = str(dtype)
-    if name not in DTYPES or (name == "float64" and not jax.config.read("jax_enable_x64")):
+    if name not in DTYPES or jax.dtypes.canonicalize_dtype(name).name != name:
         raise InvalidInputError(
             four_part(
                 f"dtype={name!r} was given",

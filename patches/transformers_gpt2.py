@@ -178,11 +178,13 @@ def from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = "float32") -> Langua
         checkpoint,
         required=REQUIRED_KEYS,
         allowed={
+            "activation_function": transformers_flax.activations(),
             "scale_attn_weights": (True,),
             "scale_attn_by_inverse_layer_idx": (False,),
             "reorder_and_upcast_attn": (False,),
             "add_cross_attention": (False,),
         },
+        divides=[("n_head", "n_embd")],
     )
     settings = {key: checkpoint.config[key] for key in HANDLED_KEYS if checkpoint.config.get(key) is not None}
     upstream, config = _build(json.dumps(settings, sort_keys=True), transformers_flax.dtype_name(dtype))

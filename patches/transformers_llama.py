@@ -254,11 +254,13 @@ def from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = "float32") -> Langua
         checkpoint,
         required=REQUIRED_KEYS,
         allowed={
+            "hidden_act": transformers_flax.activations(),
             "mlp_bias": (False,),
             "rope_interleaved": (False,),
             "rope_scaling": ({"rope_type": "default"}, {"type": "default"}),
             "head_dim": (settings.get("hidden_size", 0) // max(settings.get("num_attention_heads", 1), 1),),
         },
+        divides=[("num_attention_heads", "hidden_size"), ("num_key_value_heads", "num_attention_heads")],
     )
     upstream, config = _build(json.dumps(settings, sort_keys=True), transformers_flax.dtype_name(dtype))
     is_biased = bool(settings.get("attention_bias"))
