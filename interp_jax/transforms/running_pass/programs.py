@@ -231,7 +231,10 @@ def param_key(value: Any, traced: bool) -> Hashable:
 
 def _value_key(value: Any) -> tuple[Hashable, ...]:
     """A key under which only equal values meet. What cannot be compared is kept, and counts by identity."""
-    if isinstance(value, (np.ndarray, np.generic)) and value.nbytes <= 1024 and value.dtype != object:
+    if hasattr(value, "__array__") and not isinstance(value, jax.Array):
+        # JAX 0.8 wraps the values of literals in an array type of its own, without an equality.
+        value = np.asarray(value)
+    if isinstance(value, np.ndarray) and value.nbytes <= 1024 and value.dtype != object:
         return ("array", value.dtype, value.shape, value.tobytes())
     if isinstance(value, float):
         return ("float", repr(value))
