@@ -48,6 +48,7 @@ class CompiledFile:
 
     Attributes:
         edits: The edits.
+        new_names: Names that the edits bring along.
         filename: What the code objects call it.
         spliced: The patched text and tree.
     """
@@ -58,6 +59,7 @@ class CompiledFile:
         self.spliced = Spliced(upstream.source, upstream.tree, edits, where=upstream.name)
         text = self.spliced.source.text
         stamp = hashlib.sha256(f"{upstream.filename}\n{text}".encode()).hexdigest()[:12]
+        self.new_names = frozenset(name for edit in edits for name in edit.patch.new_names)
         self.filename = _publish(upstream, text, stamp)
         self._codes: dict[int, dict[ast.AST, types.CodeType]] = {}
         self._nodes: dict[int, list[ast.AST]] = {}

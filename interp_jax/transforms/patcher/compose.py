@@ -32,7 +32,7 @@ from interp_jax.core.errors import PatchError, four_part
 from interp_jax.transforms.patcher.class_body import class_changes
 from interp_jax.transforms.patcher.compiled import CompiledFile
 from interp_jax.transforms.patcher.patterns import shown
-from interp_jax.transforms.patcher.plan import ClassTarget, FunctionTarget, Plan, new_names
+from interp_jax.transforms.patcher.plan import ClassTarget, FunctionTarget, Plan
 from interp_jax.transforms.patcher.signature import signature_changes
 from interp_jax.transforms.patcher.slots import MISSING, Change, FunctionSlot, GlobalSlot, Slot
 from interp_jax.transforms.patcher.upstream import Upstream, stale
@@ -185,9 +185,8 @@ def _check_names(
     names: Mapping[str, Any],
 ) -> None:
     """Refuses replacements that use names which mean nothing in upstream's module: misspelt ones, most likely."""
-    brought = new_names([edit.patch for edit in file.edits])
-    known = {*function.__globals__, *vars(builtins), *names}
-    unknown = sorted(_globals_used(code) & (brought - known))
+    brought = file.new_names - names.keys() - function.__globals__.keys() - vars(builtins).keys()
+    unknown = sorted(_globals_used(code) & brought) if brought else []
     if unknown:
         raise PatchError(
             four_part(

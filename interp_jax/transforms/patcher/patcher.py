@@ -33,7 +33,7 @@ from interp_jax.core.errors import PatchError, four_part
 from interp_jax.transforms.patcher.drift import BROKEN, MISSING_UPSTREAM, Drift, DriftReport, compare
 from interp_jax.transforms.patcher.importing import stop_waiting, wait_for
 from interp_jax.transforms.patcher.patterns import Patch
-from interp_jax.transforms.patcher.plan import Plan, make_plan, new_names
+from interp_jax.transforms.patcher.plan import Plan, make_plan
 from interp_jax.transforms.patcher.splice import Spliced
 from interp_jax.transforms.patcher.state import ACTIVE, PatchKey, State, Switch
 
@@ -239,8 +239,8 @@ class Patcher:
         return self.plan
 
     def _make_plan(self, members: Mapping[str, Sequence[Patch]], state: State) -> Plan:
-        patches = [patch for some in members.values() for patch in some]
-        defaults = [name for name in DEFAULT_NAMES if name in new_names(patches) and name not in self._names]
+        used = {name for patches in members.values() for patch in patches for name in patch.new_names}
+        defaults = [name for name in DEFAULT_NAMES if name in used and name not in self._names]
         names = dict(self._names)
         if defaults:
             harvest = importlib.import_module("interp_jax.transforms.sowing")

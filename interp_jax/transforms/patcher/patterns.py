@@ -19,6 +19,7 @@ Source: interp_jax; the wildcards are those of structural search tools.
 from __future__ import annotations
 
 import ast
+import functools
 import itertools
 import re
 from collections.abc import Iterable, Sequence
@@ -105,6 +106,12 @@ class Patch:
             )
         object.__setattr__(self, "pattern", pattern)
         object.__setattr__(self, "replacement", replacement)
+
+    @functools.cached_property
+    def new_names(self) -> frozenset[str]:
+        """Names the replacement brings along: those it uses that are no placeholders."""
+        nodes = [node for root in self.replacement.nodes for node in ast.walk(root)]
+        return frozenset(node.id for node in nodes if isinstance(node, ast.Name) and not _PLACEHOLDERS.match(node.id))
 
     @property
     def least(self) -> int:

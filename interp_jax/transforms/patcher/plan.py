@@ -27,7 +27,7 @@ from typing import Any
 
 from interp_jax.core.errors import PatchError, four_part
 from interp_jax.transforms.patcher.match import find, near_misses
-from interp_jax.transforms.patcher.patterns import Patch, any_name, shown
+from interp_jax.transforms.patcher.patterns import Patch, shown
 from interp_jax.transforms.patcher.render import Edit, render
 from interp_jax.transforms.patcher.slots import CacheSlot
 from interp_jax.transforms.patcher.syntax import DEFS, digest, first_line, normal, walk
@@ -222,9 +222,7 @@ def _aim(plan: Plan, member: Member, edit: Edit, code_of: CodeOf) -> None:
         raise PatchError(_not_alive(member, node))
     else:
         name = member.upstream.qualname(inner.class_node)
-        plan.classes.setdefault(
-            inner.class_node, ClassTarget(name, member.upstream, inner.class_node, inner.holder)
-        )
+        plan.classes.setdefault(inner.class_node, ClassTarget(name, member.upstream, inner.class_node, inner.holder))
 
 
 def _owner(member: Member, chain: Sequence[ast.AST], code_of: CodeOf) -> tuple[Member, ast.AST | None]:
@@ -321,17 +319,6 @@ def _add_copies(plan: Plan, code_of: CodeOf, known_functions: Sequence[types.Fun
             if target is not None:
                 seen.add(id(candidate))
                 target.functions.append(weakref.ref(candidate))
-
-
-def new_names(patches: Sequence[Patch]) -> set[str]:
-    """Names that replacements bring along: those they use that are no placeholders."""
-    return {
-        node.id
-        for patch in patches
-        for root in patch.replacement.nodes
-        for node in ast.walk(root)
-        if isinstance(node, ast.Name) and any_name(node) is None
-    }
 
 
 def _not_in_place(member: Member, edit: Edit) -> str:
