@@ -239,7 +239,8 @@ class _Whereabouts:
         self._patch_set = patch_set
 
     def __call__(self, site: Site) -> str:
-        at = self._source.get(site, "")
+        # The patched form of a file carries a digest in its name.
+        at = re.sub(r" [0-9a-f]{12}>", "", self._source.get(site, ""))
         if self._patch_set is None:
             return f"sow(..., name={site.name!r}) at {at}"
         return f"the tag {site.name!r} in patches/{self._patch_set.name}.py, which runs at {at}"
@@ -354,9 +355,10 @@ def _shapes(evidence: Evidence, where: _Whereabouts) -> Outcome:
         n_checked += 1
         if np.shape(value) != tuple(sizes[axis] for axis in axes):
             wrong.append((site, f"{site} is {describe(value)}, declared [{', '.join(axes)}]"))
-    n_layers = len(evidence.layers)
-    if n_layers != config.n_layers:
-        return Outcome(contract, False, f"sites in {n_layers} layers, the config has {config.n_layers}")
+    n_layers = config.n_layers
+    if evidence.layers != list(range(n_layers)):
+        layers = ", ".join(map(str, evidence.layers)) or "none"
+        return Outcome(contract, False, f"sites in layers {layers}; the config has 0 to {n_layers - 1}")
     if wrong:
         return Outcome(contract, False, f"{wrong[0][1]} ({len(wrong)} of {n_checked} fail)", where(wrong[0][0]))
     return Outcome(contract, True, f"{n_checked} sites, {n_layers} layers")
@@ -365,10 +367,10 @@ def _shapes(evidence: Evidence, where: _Whereabouts) -> Outcome:
 def _judge(contract: Contract, evidence: Evidence, where: _Whereabouts) -> Outcome:
     try:
         findings = list(contract.measure(evidence))
-    except (ValueError, IndexError) as error:
+    except (ValueError, LookupError) as error:
         # Arrays of unexpected shapes do not even broadcast: as good a sign of a misplaced tag as a wrong number.
         site = next((site for site in evidence.values if site.name == contract.sites[0]), Site(None, contract.sites[0]))
-        return Outcome(contract.identity, False, f"could not be computed: {error}", where(site))
+        return Outcome(contract.identity, False, f"could not be computed ({error!r:.200})", where(site))
     if not findings:
         needs = " ".join(contract.sites) + (f", {contract.needs}" if contract.needs else "")
         return Outcome(contract.identity, None, f"does not apply: needs {needs}")
