@@ -58,6 +58,9 @@ if TYPE_CHECKING:
     from interp_jax.transforms.harvest import layer_scope as layer_scope
     from interp_jax.transforms.harvest import loop_layer as loop_layer
     from interp_jax.transforms.harvest import sow as sow
+    from interp_jax.transforms.layer_stack import scan_layers as scan_layers
+    from interp_jax.transforms.layer_stack import stack_layers as stack_layers
+    from interp_jax.transforms.layer_stack import unstack_layers as unstack_layers
     from interp_jax.transforms.patcher import Patcher as Patcher
     from interp_jax.transforms.patcher import PatchSet as PatchSet
     from interp_jax.transforms.running_pass import RunningPass as RunningPass
@@ -90,6 +93,7 @@ _HOMES = {
     "interp_jax.transforms.compilations": ("compilations",),
     "interp_jax.transforms.greenlets": ("greenlets",),
     "interp_jax.transforms.harvest": ("harvest", "layer_scope", "loop_layer", "sow"),
+    "interp_jax.transforms.layer_stack": ("scan_layers", "stack_layers", "unstack_layers"),
     "interp_jax.transforms.patcher": ("PatchSet", "Patcher"),
     "interp_jax.transforms.running_pass": ("RunningPass", "list_sites", "run"),
 }
