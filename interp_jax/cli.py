@@ -228,7 +228,8 @@ def _print_lens(result: Any, decode: Callable[[Any], str]) -> None:
     _heading("The best next token at each layer (logit lens)")
     is_coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(terminal.lens_table(result, decode, n_columns=_columns(), is_coloured=is_coloured, n_lines=16))
-    print("  bold, on the brighter the surer: the model's own answer" if is_coloured else "  *: the model's own answer")
+    own = "the model's own answer"
+    print(f"  bold: {own}; the brighter a cell, the more probable its token" if is_coloured else f"  *: {own}")
 
 
 def _save(result: Any, name: str, config: Any, figures: dict[str, Any], lm: Any, out: Path) -> None:
@@ -236,7 +237,17 @@ def _save(result: Any, name: str, config: Any, figures: dict[str, Any], lm: Any,
 
     patch_set = lm.upstream.patch_set
     digests = None if patch_set is None else {lm.upstream.name: patch_set.digests()}
-    folder = save_result(result, name=name, config=config, figures=figures, patch_digests=digests, root=out)
+    try:
+        folder = save_result(result, name=name, config=config, figures=figures, patch_digests=digests, root=out)
+    except OSError as error:
+        raise InvalidInputError(
+            four_part(
+                f"The result could not be written ({error})",
+                where=f"--out {out}",
+                expected="a folder with room that can be written to.",
+                fix="make room, or choose another folder with --out.",
+            )
+        ) from error
     _heading("Saved")
     for path in (*(folder / file for file in figures), folder):
         print(f"  {path}{'/' if path == folder else ''}")

@@ -167,6 +167,17 @@ def test_mistakes_are_told_in_parts_without_a_traceback(capsys, arguments, words
     assert not Path("runs").exists(), "nothing half done is left behind"
 
 
+def test_a_full_disk_is_told_in_parts(capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("interp_jax.core.results.save_result", full)
+    assert main(["lens", "the", "--model", TINY]) == 2
+    err = capsys.readouterr().err
+    assert "could not be written ([Errno 28] No space left on device) in --out runs" in err
+    assert "Fix: make room" in err
+
+
 def test_a_traceback_is_there_for_who_asks(monkeypatch):
     monkeypatch.setenv("INTERP_JAX_TRACEBACK", "1")
     with pytest.raises(ValueError, match="An empty text"):

@@ -107,7 +107,7 @@ def lens_table(
     label = max(text_width(cells.labels[view]) for view in views)
     shown = cells.texts[views][:, :, 0]
     widest = max(map(text_width, [*shown.ravel(), *cells.inputs]))
-    cell = max(4, min(widest + 1, 11))
+    cell = max(4, min(widest + 1, 11, n_columns - label - 2))
     n_shown = max(1, min(len(cells.inputs), (n_columns - label - 2) // (cell + 1)))
     first = len(cells.inputs) - n_shown
 

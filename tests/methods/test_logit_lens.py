@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,8 +33,9 @@ def unembed(params, normalised):
     return jnp.einsum("bpd,dv->bpv", normalised, params["W_U"])
 
 
-def model_forward(norm):
-    """A residual model whose layers mix neighbouring positions, so that positions differ."""
+@functools.cache
+def toy(norm):
+    """A residual model whose layers mix neighbouring positions, so that positions differ; compiled once for all."""
 
     def forward(params, tokens):
         x = params["W_E"][jnp.maximum(tokens, 0)]
@@ -45,7 +48,7 @@ def model_forward(norm):
                 x = sow(x + write, name="resid_post")
         return unembed(params, norm(params, x))
 
-    return forward
+    return Upstream("toy", forward, ln_final=norm, unembed=unembed)
 
 
 def make_lm(rng, *, norm=rms_norm, kind="rmsnorm", dtype=jnp.float32):
@@ -74,8 +77,7 @@ def make_lm(rng, *, norm=rms_norm, kind="rmsnorm", dtype=jnp.float32):
         rope_theta=None,
         dtype=jnp.dtype(dtype).name,
     )
-    upstream = Upstream("toy", model_forward(norm), ln_final=norm, unembed=unembed)
-    return LanguageModel(upstream, params, config, name="toy")
+    return LanguageModel(toy(norm), params, config, name="toy")
 
 
 @pytest.fixture
