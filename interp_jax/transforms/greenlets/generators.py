@@ -45,12 +45,10 @@ class _Body(greenlet):
     interp_jax_scope: Scope
 
 
-def _run(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Box | GreenletExit:
-    """The outermost frame of a body. A result is boxed, so that it cannot be taken for an exit."""
+def _run(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Box:
+    """The outermost frame of a body. A result is boxed: a GreenletExit that escapes is returned as it is."""
     try:
         return [fn(*args, **kwargs)]
-    except GreenletExit as escaped:  # greenlet would return it in any case, but without its traceback
-        return escaped
     finally:
         current_scope().close_live()
 
@@ -64,7 +62,6 @@ def _drive(
     body.interp_jax_scope = Scope(name)
     try:
         box = body.switch(fn, args, kwargs)
-        del fn, args, kwargs
         while not body.dead:
             try:
                 reply = yield box.pop()
@@ -157,6 +154,7 @@ class GreenletGenerator(Generator[Any, Any, Any]):
         finally:
             del args  # may hold what was thrown
             if not driver.gi_suspended:
+                scope.remove(driver)
                 scope.settle()
 
     def _admit(self, scope: Scope) -> None:
@@ -194,18 +192,13 @@ class GreenletGenerator(Generator[Any, Any, Any]):
         raise InterleavingError(four_part(what, where=where, expected=expected, fix=fix))
 
     def __del__(self) -> None:
-        if self._home is None or not self._driver.gi_suspended:
-            return
-        scope = current_scope()
-        if scope.live and scope.live[-1] is self._driver:
-            scope.leave()
-            try:
-                scope.live.pop()
-                del self._driver  # the last reference: CPython closes it and reports errors as for any generator
-            finally:
-                scope.come_back()
-        else:  # collected out of turn
-            self._home.orphans.add(self._driver)
+        home = self._home
+        if home is None or self._driver not in home.live:
+            return  # CPython ends the driver now
+        home.orphans.add(self._driver)
+        del self._driver
+        if home is current_scope():  # elsewhere, and where it is not on top, it has to wait for its turn
+            home.settle()
 
     @property
     def gi_running(self) -> bool:

@@ -40,22 +40,36 @@ class Scope:
         self.contexts: list[local_context] = []  # outermost first
 
     def settle(self) -> None:
-        """Takes what has ended off the stack, and orphans: of those CPython drops the last reference, and so ends them.
+        """Takes what has ended off the stack, and ends the orphans on top of it.
 
-        A driver that never started (its first `send` was refused) counts as ended.
+        An orphan's last reference is dropped: so CPython closes it, and reports errors as for any generator.
         """
         while self.live:
-            top = self.live[-1]
-            if (top.gi_suspended or top.gi_running) and top not in self.orphans:
+            driver = self.live[-1]
+            if driver in self.orphans:
+                self.leave()
+                try:
+                    self.remove(driver)
+                    del driver
+                finally:
+                    self.come_back()
+            elif driver.gi_suspended or driver.gi_frame is not None:
                 return
-            del top
-            self.orphans.discard(self.live.pop())
+            else:
+                self.remove(driver)
+
+    def remove(self, driver: GeneratorType[Any, Any, Any]) -> None:
+        """Takes a driver off the stack if it is on it: finalisers, which run anywhere, may have done so already."""
+        self.orphans.discard(driver)
+        with contextlib.suppress(ValueError):
+            self.live.remove(driver)
 
     def close_live(self, above: GeneratorType[Any, Any, Any] | None = None) -> None:
         """Closes the stack, or what lies above one driver on it: the one started last first, all even if one raises."""
-        if self.live and self.live[-1] is not above:
+        if self.live and (driver := self.live[-1]) is not above:
+            self.remove(driver)
             try:
-                self.live.pop().close()
+                driver.close()
             finally:
                 self.close_live(above)
 

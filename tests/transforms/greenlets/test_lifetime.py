@@ -195,7 +195,18 @@ def test_results_and_arguments_are_not_kept() -> None:
 
 
 @pytest.mark.usefixtures("no_collector")
-@pytest.mark.parametrize("how", ["raised", "thrown", "thrown with context", "thrown below yield_from", "refused"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "raised",
+        "thrown",
+        "thrown with context",
+        "thrown below yield_from",
+        "closed",
+        "closed below yield_from",
+        "refused",
+    ],
+)
 def test_exceptions_make_no_cycles(how: str) -> None:
     """Else a failed pass would hold its arrays until the collector runs."""
 
@@ -205,7 +216,7 @@ def test_exceptions_make_no_cycles(how: str) -> None:
         if how == "thrown with context":
             with local_context(contextlib.nullcontext):
                 yield_()
-        elif how == "thrown below yield_from":
+        elif how.endswith("below yield_from"):
             yield_from(generator(yield_))
         else:
             yield_()
@@ -222,6 +233,9 @@ def test_exceptions_make_no_cycles(how: str) -> None:
             with pytest.raises(InterleavingError):
                 next(gen)
             other.close()
+            gen.close()
+            return
+        if how.startswith("closed"):
             gen.close()
             return
         with pytest.raises(KeyError):
@@ -348,6 +362,57 @@ def test_the_machinery_holds_no_reference_to_the_generator() -> None:
     assert sys.getrefcount(gen) == 2
 
 
+def test_one_that_would_not_end_with_its_starter_does_not_take_control_astray() -> None:
+    """Dropped within another body, it comes back there, though the greenlet that started it is gone."""
+    log: list[str] = []
+
+    def stubborn() -> None:
+        for _ in range(2):
+            with contextlib.suppress(GeneratorExit):
+                yield_()
+        log.append("ended")
+
+    holder = [generator(stubborn)]
+    with pytest.raises(RuntimeError, match="generator ignored GeneratorExit"):
+        next(generator(lambda: next(holder[0])))
+    with pytest.raises(InterleavingError, match="and before what started it ends"):
+        next(holder[0])
+
+    def body() -> None:
+        yield_("before")
+        holder.clear()
+        yield_("after")
+
+    assert list(generator(body)) == ["before", "after"]
+    assert log == ["ended"]
+
+
+def test_generators_used_by_a_finaliser_anywhere_in_the_machinery_disturb_nothing() -> None:
+    """A finaliser can run at any allocation. Here a profile function does, at each call to C."""
+
+    def intrude(frame: Any, event: str, argument: Any) -> None:
+        if event.startswith("c_") and frame.f_code.co_filename.startswith(MACHINERY):
+            intruders.append(list(generator(lambda: yield_("intruder"))))
+
+    def body() -> str:
+        yield_(1)
+        for value in generator(lambda: yield_(2)):
+            yield_(value)
+        yield_from(generator(yield_, 3))
+        return "result"
+
+    intruders: list[list[str]] = []
+    with loop(body) as passing:
+        try:
+            sys.setprofile(intrude)
+            values = list(passing)
+        finally:
+            sys.setprofile(None)
+    assert (values, passing.retval) == ([1, 2, 3], "result")
+    assert len(intruders) > 50
+    assert all(intruder == ["intruder"] for intruder in intruders)
+
+
 def test_errors_in_a_finaliser_are_reported_as_for_native_generators(monkeypatch: pytest.MonkeyPatch) -> None:
     reports: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda report: reports.append((repr(report.exc_value), report.object)))
@@ -449,6 +514,7 @@ def test_an_exception_that_is_thrown_keeps_its_own_traceback() -> None:
     names = [entry.name for entry in traceback.extract_tb(thrown.__traceback__)]
     assert names[-len(own) :] == own
     assert names[-len(own) - 1] == "yield_"
+    assert names.count("yield_") == 1
 
 
 def interrupt() -> None:

@@ -211,6 +211,10 @@ BODIES = {
     """,
 }
 
+# From CPython 3.12 on, a StopIteration thrown at the `yield from` of an iterator without `throw` ends the generator. PEP
+# 380 says that it is raised there, as CPython 3.11 does: a test of its own below.
+TO_PLAIN_ITERATORS = ("delegates_to_list", "delegates_to_bare", "delegates_and_catches")
+
 CALLS: dict[str, Callable[[Any], Any]] = {
     "next": next,
     "send(None)": lambda g: g.send(None),
@@ -313,7 +317,8 @@ def assert_same_story(pair: Pair, names: tuple[str, ...]) -> None:
 def test_every_short_sequence_of_calls_as_native(body: str) -> None:
     pair = pair_of(body)
     for names in itertools.product(CALLS, repeat=3):
-        assert_same_story(pair, names)
+        if not (body in TO_PLAIN_ITERATORS and "throw(StopIteration(4))" in names and sys.version_info >= (3, 12)):
+            assert_same_story(pair, names)
 
 
 # Without delegating bodies: a native one hands what is no exception to its iterator unseen.
@@ -364,3 +369,9 @@ def test_entering_itself_again_and_again_does_not_crash(call: str) -> None:
             assert list(gen) == []
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
+
+
+def test_a_stop_iteration_thrown_at_a_plain_iterator_is_raised_at_yield_from() -> None:
+    told = story(pair_of("delegates_and_catches").ours, (next, CALLS["throw(StopIteration(4))"]))
+    assert [outcome[:2] for outcome, _ in told] == [["returns", 1], ["returns", "caught"]]
+    assert told[1][1] == ["StopIteration(4)"]

@@ -458,6 +458,44 @@ def test_it_is_closed_while_a_generator_inside_it_runs() -> None:
     assert lamp.on == []
 
 
+@pytest.mark.parametrize("how", ["close", "drop", "drop in a loop", "with", "exception", "end"])
+def test_it_is_closed_however_a_generator_inside_it_ends(how: str) -> None:
+    lamp = Lamp()
+    seen: list[list[str]] = []
+
+    def body() -> None:
+        try:
+            yield_()
+        finally:
+            seen.append(list(lamp.on))
+
+    with lamp.local("main"):
+        if how == "with":
+            with loop(counting, 2) as outer:
+                next(outer)
+                later = generator(body)
+                next(later)
+        else:
+            gen = generator(body)
+            next(gen)
+            if how == "close":
+                gen.close()
+            elif how == "drop":
+                del gen
+            elif how == "exception":
+                with pytest.raises(KeyError):
+                    gen.throw(KeyError)
+            elif how == "drop in a loop":
+                other = generator(counting, 2)
+                next(other)
+                del gen
+                assert list(other) == [1]
+            else:
+                assert list(gen) == []
+        assert lamp.on == ["main"]
+    assert seen == [[]]
+
+
 def test_where_nothing_switches_it_is_a_plain_context() -> None:
     lamp = Lamp()
     context = lamp.local("a")
