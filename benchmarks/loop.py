@@ -53,9 +53,7 @@ def main() -> bool:
     holds &= report("programs compiled when an intervention moves", len(moved), must="0", holds=not moved)
     first = {what: in_new_process("benchmarks.first_call", what)["seconds"] for what in ("forward", "loop", "loop")}
     ratio = first["loop"] / first["forward"]
-    holds &= report(
-        "first loop after load / first forward", ratio, must="<= 2", holds=ratio <= 2.0, **_named(first)
-    )
+    holds &= report("first loop after load / first forward", ratio, must="<= 2", holds=ratio <= 2.0, **_named(first))
     return holds
 
 

@@ -25,7 +25,14 @@ def smollm2() -> ij.LanguageModel:
 @functools.cache
 def gpt2_small() -> ij.LanguageModel:
     """GPT-2 in its smallest published shape, with random weights (its own are not in a package registry)."""
-    config = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
+    config = {
+        "model_type": "gpt2",
+        "vocab_size": 50257,
+        "n_positions": 1024,
+        "n_embd": 768,
+        "n_layer": 12,
+        "n_head": 12,
+    }
     rng = np.random.default_rng(0)
     tensors: dict[str, Any] = {}
 

@@ -29,7 +29,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from typing import Any, TypeAlias
 
-import jax
+from jax.core import Tracer
 
 from interp_jax.core.errors import UnsupportedModelError, four_part
 from interp_jax.core.sites import Site
@@ -136,7 +136,7 @@ def _control_flow(
 
             return (yield from step_scan(step, operands, selected, loop_indices, run_body))
         case CondStep():
-            if isinstance(operands[0], jax.core.Tracer) and not any(
+            if isinstance(operands[0], Tracer) and not any(
                 is_touched(branch, loop_indices, selected) for branch in step.branches
             ):
                 return evaluate(step.eqn, operands)
@@ -168,7 +168,7 @@ def _step_while(
 
 def _known(predicate: Any, step: CondStep | WhileStep) -> Any:
     """A predicate as a number, which it must be for the loop to follow control flow into a selected site."""
-    if isinstance(predicate, jax.core.Tracer):
+    if isinstance(predicate, Tracer):
         raise UnsupportedModelError(
             four_part(
                 f"A selected site lies inside {step.eqn.primitive.name} ({source_line(step.eqn)}), whose predicate "

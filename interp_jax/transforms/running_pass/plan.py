@@ -35,6 +35,7 @@ from jax.sharding import Sharding
 from interp_jax.core.errors import UnsupportedModelError, four_part
 from interp_jax.core.sites import Site
 from interp_jax.transforms.jaxprs import (
+    CHECKPOINTS,
     CUSTOM_RULES,
     Scope,
     any_site_inside,
@@ -160,6 +161,7 @@ class RuleStep(EquationStep):
     number: int
 
     def reads(self) -> tuple[Operand, ...]:
+        """What it takes."""
         return (*self.ins, *self.inner)
 
 
@@ -182,7 +184,6 @@ class Plan:
     steps: list[Step]
 
 
-_CHECKPOINTS = {"checkpoint", "remat", "remat2"}
 _CLOSED_TO_LOOPS = {"shard_map", "pallas_call", "run_state", "custom_transpose_call", "custom_lin"}
 
 
@@ -340,7 +341,7 @@ class _Builder:
             whole = Chunk([Operation(eqn, ins, whole_outs, region)], self.shared, slots, whole_outs)
             self.add(RuleStep(eqn, ins, outs, results, whole, number))
             return outs
-        if name in _CHECKPOINTS:
+        if name in CHECKPOINTS:
             self.n_regions += 1
             region = region or Region(self.n_regions, eqn.params["policy"], eqn.params["prevent_cse"])
         ins = self.constrained(eqn, ins, "in_shardings", region)

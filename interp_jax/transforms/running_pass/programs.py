@@ -1,10 +1,7 @@
 """Programs: chunks of a plan as compiled functions, shared by chunks that are the same code.
 
 Two chunks are the same code when their equations are equal up to the numbering of slots: layer 3's and layer 17's
-then run one compiled function on other operands. The key says all that decides what is computed (primitives,
-parameters, jaxprs inside them, literals, input types) and nothing else; it is compared, never hashed alone, so a
-collision cannot mix two programs up. Functions among the parameters (custom derivative rules) count by identity,
-and only where a derivative could be taken.
+then run one compiled function on other operands. Keys are those of `interp_jax.transforms.jaxpr_keys`.
 
 >>> import jax
 >>> from interp_jax.transforms.running_pass.plan import build_plan
@@ -28,11 +25,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.core import Tracer
+from jax.extend.core import Literal
 
 from interp_jax.transforms.compilations import counted_jit
+from interp_jax.transforms.jaxpr_keys import param_key, params_key, value_key
 from interp_jax.transforms.jaxprs import evaluate
 from interp_jax.transforms.running_pass.plan import Chunk, Operand, Operation, Region
 
@@ -40,8 +38,6 @@ MAX_PROGRAMS = 512
 
 _CACHE: OrderedDict[Hashable, Callable[..., list[Any]]] = OrderedDict()
 _LOCK = threading.Lock()
-# Parameters that say how to differentiate; they cannot matter where nothing is being differentiated.
-_RULE_PARAMS = {"jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "out_trees"}
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ jax.tree_util.register_dataclass(Slice, data_fields=["array", "index"], meta_fie
 
 def is_traced(values: Sequence[Any]) -> bool:
     """Whether any value belongs to a JAX trace (jit, grad, vmap) of the caller's."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(list(values)))
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(list(values)))
 
 
 def run_chunk(chunk: Chunk, values: Sequence[Any]) -> list[Any]:
@@ -192,7 +188,7 @@ def _chunk_key(chunk: Chunk, traced: bool) -> Hashable:
     lines = []
     for op in chunk.operations:
         operands = tuple(
-            ("literal", *_value_key(o.val), o.aval) if isinstance(o, Literal) else numbers[o] for o in op.ins
+            ("literal", *value_key(o.val), o.aval) if isinstance(o, Literal) else numbers[o] for o in op.ins
         )
         for slot in op.outs:
             if slot is not None:
@@ -200,79 +196,9 @@ def _chunk_key(chunk: Chunk, traced: bool) -> Hashable:
         if op.sharding is not None:
             what: Hashable = ("sharding", op.sharding)
         else:
-            what = (op.eqn.primitive, _params_key(op.eqn.params, traced), _value_key(op.eqn.ctx))
+            what = (op.eqn.primitive, params_key(op.eqn.params, traced), value_key(op.eqn.ctx))
         # A region's number differs from layer to layer; what counts is which operations share one.
         region = (regions.setdefault(op.region, len(regions)), param_key(op.region and op.region[1:], traced))
         lines.append((what, operands, region if traced else None))
     ins = tuple(avals.get(slot) for slot in chunk.ins)
     return (traced, ins, tuple(lines), tuple(numbers[slot] for slot in chunk.outs))
-
-
-def _params_key(params: dict[str, Any], traced: bool) -> Hashable:
-    return tuple(
-        (name, param_key(value, traced))
-        for name, value in sorted(params.items())
-        if traced or name not in _RULE_PARAMS
-    )
-
-
-def param_key(value: Any, traced: bool) -> Hashable:
-    """A key for a parameter of an equation; `traced` says whether derivative rules count."""
-    if isinstance(value, ClosedJaxpr):
-        return ("closed", _jaxpr_key(value.jaxpr, traced), tuple(_value_key(const) for const in value.consts))
-    if isinstance(value, Jaxpr):
-        return ("open", _jaxpr_key(value, traced))
-    if isinstance(value, (tuple, list)):
-        return (type(value), tuple(param_key(item, traced) for item in value))
-    if isinstance(value, dict):
-        return ("dict", tuple((name, param_key(item, traced)) for name, item in value.items()))
-    return _value_key(value)
-
-
-def _value_key(value: Any) -> tuple[Hashable, ...]:
-    """A key under which only equal values meet. What cannot be compared is kept, and counts by identity."""
-    if hasattr(value, "__array__") and not isinstance(value, jax.Array):
-        # JAX 0.8 wraps the values of literals in an array type of its own, without an equality.
-        value = np.asarray(value)
-    if isinstance(value, np.ndarray) and value.nbytes <= 1024 and value.dtype != object:
-        return ("array", value.dtype, value.shape, value.tobytes())
-    if isinstance(value, float):
-        return ("float", repr(value))
-    if isinstance(value, (jax.Array, np.ndarray)):
-        return ("same", _Same(value))
-    try:
-        hash(value)
-    except TypeError:
-        return ("same", _Same(value))
-    return (type(value), value)
-
-
-class _Same:
-    """Equal to itself only; holds its value, so that the identity stays taken."""
-
-    def __init__(self, value: Any):
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.value is self.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-
-def _jaxpr_key(jaxpr: Jaxpr, traced: bool) -> Hashable:
-    numbers: dict[Any, int] = {}
-    for var in (*jaxpr.constvars, *jaxpr.invars):
-        numbers[var] = len(numbers)
-
-    def atom_key(atom: Any) -> Hashable:
-        return ("literal", *_value_key(atom.val), atom.aval) if isinstance(atom, Literal) else numbers[atom]
-
-    lines = []
-    for eqn in jaxpr.eqns:
-        operands = tuple(map(atom_key, eqn.invars))
-        for var in eqn.outvars:
-            numbers[var] = len(numbers)
-        lines.append((eqn.primitive, _params_key(eqn.params, traced), _value_key(eqn.ctx), operands))
-    ins = tuple(var.aval for var in (*jaxpr.constvars, *jaxpr.invars))
-    return (ins, tuple(lines), tuple(map(atom_key, jaxpr.outvars)))

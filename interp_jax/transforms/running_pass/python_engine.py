@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.core import Tracer
 
 from interp_jax.core.errors import RunningPassError, SiteNotReachedError, UnsupportedModelError, four_part
 from interp_jax.core.interventions import same_form
@@ -94,7 +95,7 @@ class _Listener:
         self._reached: dict[Site, None] = {}
 
     def __call__(self, sown: SownHere, value: Any) -> Any:
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((value, sown.index))):
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((value, sown.index))):
             global _generation
             _generation += 1
             yield_(_NEXT_GENERATION)
@@ -113,7 +114,7 @@ class _Listener:
         if not any(map(self._is_selected, sites)):
             self._reached.update(dict.fromkeys(sites))
             return value
-        if not isinstance(sown.index, jax.core.Tracer):
+        if not isinstance(sown.index, Tracer):
             return self._visit(sites[int(sown.index)], value)
         return lax.switch(sown.index, [self._branch(site) for site in sites], value)
 
@@ -140,9 +141,7 @@ class _Listener:
         reached = list(self._reached)
         is_gated = any(site.name == "mlp_gate" for site in reached)
         missed = [
-            part
-            for part in self._parts
-            if part is not None and not any(map(matcher(part, is_gated=is_gated), reached))
+            part for part in self._parts if part is not None and not any(map(matcher(part, is_gated=is_gated), reached))
         ]
         if missed:
             where = f"run({self.where}, engine='python')"

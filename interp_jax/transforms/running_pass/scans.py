@@ -68,7 +68,8 @@ def step_scan(
     touched = [i for i in range(length) if is_touched(step.body, (*loop_indices, i), selected)]
     cuts = stretches(touched, length)
     rows = _split(xs, cuts) if is_traced(xs) else None
-    ys = [jnp.zeros(var.aval.shape, var.aval.dtype) for var in step.eqn.outvars[n_carry:]]
+    forms: list[Any] = [var.aval for var in step.eqn.outvars[n_carry:]]
+    ys = [jnp.zeros(form.shape, form.dtype) for form in forms]
     in_order = reversed(list(enumerate(cuts))) if params["reverse"] else enumerate(cuts)
     for number, (start, stop, stops) in in_order:
         block = rows[number] if rows is not None else None

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from interp_jax.core.errors import RunningPassError, ShapeError, SiteNotReachedError, UnsupportedModelError
 from interp_jax.core.sites import Site
 from interp_jax.transforms.harvest import layer_scope, loop_layer, sow
@@ -142,7 +143,7 @@ def test_a_value_may_change_its_shape() -> None:
 
 
 def test_in_a_scan_a_value_keeps_its_form() -> None:
-    with pytest.raises(ShapeError, match="site 0.mlp_out"):
+    with pytest.raises(ShapeError, match=r"site 0\.mlp_out"):
         loop("scanned", X, lambda site, value: jnp.zeros(7), sites="mlp_out")
 
 
