@@ -110,10 +110,16 @@ def filled_text(pattern: Pattern, match: Match, source: SourceText, *, indent: s
     return _edited(own, edits, 0, len(own.data)).strip("\n").removeprefix(indent)
 
 
-def filled_expression(pattern: Pattern, match: Match, source: SourceText) -> str:
+def filled_expression(pattern: Pattern, match: Match, source: SourceText, *, indent: str) -> str:
     """The text of a replacement that is an expression; arguments as for `filled_text`."""
+    own = pattern.source
     edits, _ = _placeholder_edits(pattern, match, source, "")
-    return _edited(pattern.source, edits, *pattern.source.span(pattern.nodes[0]))
+    start, end = own.span(pattern.nodes[0])
+    inside = lines_in_strings(own.text)
+    for line in range(own.line(start) + 1, own.line(end) + 1):
+        if line not in inside:
+            edits.append((own.line_start(line), own.line_start(line), indent))
+    return _edited(own, edits, start, end)
 
 
 _Edits = list[tuple[int, int, str]]

@@ -234,7 +234,7 @@ def _dedented(source: str) -> str:
 
 
 def _expression(source: str) -> tuple[str, ast.Expression] | None:
-    layouts = [source.strip()]
+    layouts = [_dedented(source.strip("\n")).strip()]
     try:
         _statements(source, "", "")
     except PatchError:

@@ -86,7 +86,8 @@ def _expression_edit(patch: Patch, match: Match, source: SourceText, new: ast.ex
                 fix="match the whole f-string.",
             )
         )
-    plain = filled_expression(patch.replacement, match, source)
+    line = source.before(start) + "x"
+    plain = filled_expression(patch.replacement, match, source, indent=line[: len(line) - len(line.lstrip())])
     careful = f"({plain})"
     is_needed = wants_parentheses(new, match.place, plain) and not _has_parentheses(source, start, end, match.place)
     if is_needed or _takes_parentheses(node, match.place, source):

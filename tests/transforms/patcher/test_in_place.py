@@ -493,6 +493,19 @@ def test_things_without_source(make_module) -> None:
         Patcher(module, T=["1", "2"]).install()
 
 
+def test_code_typed_into_a_notebook() -> None:
+    import linecache
+
+    module = types.ModuleType("typed")
+    for cell, text in {"<cell 1>": "def f(x):\n    return x * 2\n", "<cell 2>": "def g(x): return f(x)\n"}.items():
+        linecache.cache[cell] = (len(text), None, text.splitlines(keepends=True), cell)
+        exec(compile(text, cell, "exec"), vars(module))
+    with Patcher(module, f=["x * 2", "x * 5"], g=["f(x)", "f(x) + 1"]):
+        assert (module.f(1), module.g(1)) == (5, 6)
+        assert "return x * 5" in inspect.getsource(module.f)
+    assert (module.f(1), module.g(1)) == (2, 2)
+
+
 def test_a_changed_file_is_noticed(make_module) -> None:
     module = make_module("def f(x):\n    return x * 2\n")
     path = module.__file__

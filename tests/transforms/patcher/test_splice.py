@@ -73,7 +73,19 @@ EXPRESSIONS = [
     ("y = g(a.b)", "g($x)", "$x * 2", "y = a.b * 2"),
     ("y = z * g(a)", "g($x)", "$x", "y = z * a"),
     ("y = z * g(a + 1)", "g($x)", "$x", "y = z * (a + 1)"),
-    ("y = (\n    a\n    + b\n)", "a + b", "f(a,\n  b)", "y = (\n    f(a,\n  b)\n)"),
+    ("y = (\n    a\n    + b\n)", "a + b", "f(a,\n  b)", "y = (\n    f(a,\n      b)\n)"),
+    (
+        "if x:\n    y = b",
+        "b",
+        """
+                f(
+                    a,
+                    k='''
+    z''',
+                )
+        """,
+        "if x:\n    y = f(\n        a,\n        k='''\n    z''',\n    )",
+    ),
     ("y = (a +\n     b) * c", "$x + b", "h($x)", "y = (h(a)) * c\n"),
     ("y = f(a +  # why\n      b)", "f($x)", "g($x, 1)", "y = g(a +  # why\n      b, 1)"),
     ("y = f(a\n      + b)", "f($x)", "$x", "y = (a\n      + b)"),
