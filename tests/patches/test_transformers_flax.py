@@ -261,7 +261,7 @@ def test_upstream_is_itself_again_after_every_use(tiny) -> None:
         assert functions(patch_set) == before[0]
         with pytest.raises(ValueError, match="rank_promotion"):
             jnp.add(jnp.ones(2), jnp.ones((2, 2)))
-        with pytest.raises(jax.dtypes.TypePromotionError):
+        with pytest.raises(ValueError, match="dtype promotion"):
             jnp.add(jnp.ones(2, jnp.int8), jnp.ones(2, jnp.float32))
         break
     with contextlib.suppress(ZeroDivisionError), tiny.run(TOKENS, engine="python") as running_pass:
