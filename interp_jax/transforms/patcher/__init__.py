@@ -1,8 +1,8 @@
 """Patches for code we do not own: matched on syntax trees, written into upstream's text, put into live objects.
 
-Reading order, bottom up: syntax (trees and their text), patterns (the `$` language), match, precedence, fill, render,
-splice (text), upstream (files and live objects), plan, compiled, slots, signature, class_body, compose (changes),
-state (what is in force), importing, patcher, drift, patch_set.
+Reading order, bottom up: syntax (trees and their text), patterns (the `$` language), match; precedence, fill, render,
+splice (text); upstream (files), members (live objects), plan; compiled, slots, signature, class_body, compose
+(changes); state (what is in force), importing, patcher, drift, patch_set.
 
 >>> import textwrap
 >>> with Patcher(textwrap, shorten=["' '.join($x)", "'+'.join($x)"]):

@@ -29,10 +29,10 @@ from typing import Any
 
 from interp_jax.core.errors import PatchError, four_part
 from interp_jax.transforms.patcher.compiled import CompiledFile
+from interp_jax.transforms.patcher.members import reachable_functions
 from interp_jax.transforms.patcher.plan import ClassTarget
 from interp_jax.transforms.patcher.slots import MISSING, Change, ClassSlot, Slot
 from interp_jax.transforms.patcher.syntax import DEFS, normal
-from interp_jax.transforms.patcher.upstream import reachable_functions
 
 _LOG = logging.getLogger("interp_jax.patcher")
 

@@ -27,19 +27,19 @@ from typing import Any
 
 from interp_jax.core.errors import PatchError, four_part
 from interp_jax.transforms.patcher.match import find, near_misses
-from interp_jax.transforms.patcher.patterns import Patch, shown
-from interp_jax.transforms.patcher.render import Edit, render
-from interp_jax.transforms.patcher.slots import CacheSlot
-from interp_jax.transforms.patcher.syntax import DEFS, digest, first_line, normal, walk
-from interp_jax.transforms.patcher.upstream import (
+from interp_jax.transforms.patcher.members import (
     CodeOf,
     Member,
-    Upstream,
     find_member,
     functions_of,
     reachable,
     reachable_functions,
 )
+from interp_jax.transforms.patcher.patterns import Patch, shown
+from interp_jax.transforms.patcher.render import Edit, render
+from interp_jax.transforms.patcher.slots import CacheSlot
+from interp_jax.transforms.patcher.syntax import DEFS, digest, first_line, normal, walk
+from interp_jax.transforms.patcher.upstream import Upstream
 
 
 @dataclass(frozen=True, eq=False)

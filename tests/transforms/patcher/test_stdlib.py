@@ -25,9 +25,9 @@ from typing import Any
 import pytest
 
 from interp_jax.transforms.patcher import Patcher, PatchError
+from interp_jax.transforms.patcher.members import find_member
 from interp_jax.transforms.patcher.plan import make_plan
 from interp_jax.transforms.patcher.syntax import DEFS, SourceText
-from interp_jax.transforms.patcher.upstream import find_member
 
 MODULES = [
     *("textwrap", "json.decoder", "json.encoder", "dataclasses", "string", "shlex", "statistics", "fractions"),
