@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -336,17 +335,14 @@ def test_nan_is_not_agreement() -> None:
     assert by_contract(report)["resid_post = resid_pre + writes"].ok is False
 
 
-@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
-def test_nonlinearities_are_those_of_the_names(name: str, rng: np.random.Generator) -> None:
+def test_nonlinearities_are_those_of_the_names(rng: np.random.Generator) -> None:
+    """All that the installed upstream has."""
     from transformers.modeling_flax_utils import ACT2FN
 
     x = rng.normal(0, 3, 200).astype(np.float32)
-    function: Callable[..., Any] = ACT2FN[name]
-    np.testing.assert_allclose(ACTIVATIONS[name](x.astype(np.float64)), function(x), atol=2e-6)
-
-
-def test_every_nonlinearity_upstream_has_is_known() -> None:
-    assert set(transformers_flax.activations()) <= set(ACTIVATIONS)
+    assert len(ACT2FN) >= 7
+    for name, function in ACT2FN.items():
+        np.testing.assert_allclose(ACTIVATIONS[name](x.astype(np.float64)), function(x), atol=2e-6, err_msg=name)
 
 
 def test_attention_tags_are_shared() -> None:
