@@ -81,7 +81,8 @@ def same_form(value: Any, new: Any, *, where: str, cast: bool = False, hint: str
         may_cast |= isinstance(leaf, (int, float)) and bool(np.asarray(leaf).astype(expected.dtype) == leaf)
         if form.shape != expected.shape or (form.dtype != expected.dtype and not may_cast):
             raise refuse(f"A new value {describe(leaf)} was given", f"{describe(old)}.")
-        converted.append(leaf if form.dtype == expected.dtype else jnp.asarray(leaf).astype(expected.dtype))
+        is_array = hasattr(leaf, "dtype") and form.dtype == expected.dtype
+        converted.append(leaf if is_array else jnp.asarray(leaf).astype(expected.dtype))
     return jax.tree.unflatten(new_tree, converted)
 
 

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from interp_jax.core.errors import InvalidInputError, UnsupportedModelError, four_part
 from interp_jax.core.sites import Site
@@ -26,19 +28,26 @@ from interp_jax.transforms.sowing import INHERITED, SITE_TAG, LoopLayer, layer_i
 
 
 def evaluate(eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
-    """The results of one equation on the given operands, under the equation's own context and source line."""
+    """The results of an equation `eqn` on the given operands, under its own context and source line."""
     primitive = eqn.primitive
     bound = primitive.get_bind_params(eqn.params)
     # Until JAX 0.9 or so the functions among the parameters came apart from the rest.
     subfuns, params = bound if isinstance(bound, tuple) else ((), bound)
-    name_stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
-    with source_info_util.user_context(eqn.source_info.traceback, name_stack=name_stack), eqn.ctx.manager:
+    with at_equation(eqn):
         out = primitive.bind(*subfuns, *operands, **params)
     return list(out) if primitive.multiple_results else [out]
 
 
+@contextmanager
+def at_equation(eqn: JaxprEqn) -> Iterator[None]:
+    """Context in which what is done is done in the place of `eqn`: its source line, names and settings."""
+    name_stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with source_info_util.user_context(eqn.source_info.traceback, name_stack=name_stack), eqn.ctx.manager:
+        yield
+
+
 def inner_jaxprs(eqn: JaxprEqn) -> Iterator[tuple[str, Jaxpr]]:
-    """Every jaxpr among an equation's parameters, with the name of the parameter."""
+    """Every jaxpr among the parameters of `eqn`, with the name of the parameter."""
     for name, param in eqn.params.items():
         for item in param if isinstance(param, (tuple, list)) else (param,):
             if isinstance(item, ClosedJaxpr):
@@ -47,17 +56,61 @@ def inner_jaxprs(eqn: JaxprEqn) -> Iterator[tuple[str, Jaxpr]]:
                 yield name, item
 
 
+class Outline(NamedTuple):
+    """What an interpreter wants to know of a jaxpr before it runs it.
+
+    `busy` holds the indices of the equations that sow or have a sow inside, at any depth; `frees` says for each
+    equation which variables nobody reads after it; `unread` holds the indices of those without a result that is read.
+    """
+
+    busy: frozenset[int]
+    frees: tuple[tuple[Var, ...], ...]
+    unread: frozenset[int]
+
+
+_OUTLINES: WeakKeyDictionary[Jaxpr, Outline] = WeakKeyDictionary()
+
+
+def outline_of(jaxpr: Jaxpr) -> Outline:
+    """The outline of `jaxpr`, made once."""
+    outline = _OUTLINES.get(jaxpr)
+    if outline is None:
+        outline = _OUTLINES[jaxpr] = _make_outline(jaxpr)
+    return outline
+
+
+def _make_outline(jaxpr: Jaxpr) -> Outline:
+    seen: set[Any] = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
+    busy, frees, unread = set(), [], set()
+    for index in range(len(jaxpr.eqns) - 1, -1, -1):
+        eqn = jaxpr.eqns[index]
+        if eqn.primitive is sow_p or any(outline_of(inner).busy for _, inner in inner_jaxprs(eqn)):
+            busy.add(index)
+        if seen.isdisjoint(eqn.outvars):
+            unread.add(index)
+        mentioned = [*(atom for atom in eqn.invars if not isinstance(atom, Literal)), *eqn.outvars]
+        frees.append(tuple(dict.fromkeys(var for var in mentioned if var not in seen)))
+        seen.update(mentioned)
+    return Outline(frozenset(busy), tuple(reversed(frees)), frozenset(unread))
+
+
 CUSTOM_RULES = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
 """Primitives that call a function with a derivative rule of its own."""
 
+CHECKPOINTS = frozenset({"checkpoint", "remat", "remat2"})
+"""Primitives that call a function whose values are computed again in the backward pass."""
+
+_CALLEE_PARAMS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+_CALLS = frozenset({"jit", "pjit", "core_call", "closed_call", *CUSTOM_RULES, *CHECKPOINTS})
+
 
 def callee_of(eqn: JaxprEqn) -> ClosedJaxpr:
-    """The one jaxpr a call equation (jit, checkpoint, a custom rule) calls.
+    """The one jaxpr that `eqn`, a call (jit, checkpoint, a custom rule), calls.
 
     Raises:
         UnsupportedModelError: The equation is a call of a kind that cannot be opened.
     """
-    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+    for name in _CALLEE_PARAMS if eqn.primitive.name in _CALLS else ():
         inner = eqn.params.get(name)
         if isinstance(inner, ClosedJaxpr):
             return inner
@@ -72,13 +125,19 @@ def callee_of(eqn: JaxprEqn) -> ClosedJaxpr:
     )
 
 
+def with_callee(eqn: JaxprEqn, callee: ClosedJaxpr) -> JaxprEqn:
+    """The call `eqn` with another jaxpr to call, `callee`."""
+    (name,) = (name for name in _CALLEE_PARAMS if isinstance(eqn.params.get(name), ClosedJaxpr))
+    return eqn.replace(params={**eqn.params, name: callee})
+
+
 def is_site(eqn: JaxprEqn) -> bool:
-    """Whether an equation is a sow with the tag of sites."""
+    """Whether `eqn` is a sow with the tag of sites."""
     return eqn.primitive is sow_p and eqn.params["tag"] == SITE_TAG
 
 
 class Scope(NamedTuple):
-    """The layer scope an equation lies in: the layer, and how many loops are around the scope itself."""
+    """The layer scope an equation lies in: the layer, and how many loops (`n_loops`) are around the scope itself."""
 
     layer: int | LoopLayer | None = None
     n_loops: int = 0
@@ -100,7 +159,7 @@ def scope_of(eqn: JaxprEqn, outer: Scope, n_loops: int) -> Scope:
 
 
 def site_of(name: str, scope: Scope, loop_indices: Sequence[int]) -> Site:
-    """The site of a sow, given its scope and the indices of the loops around it (outermost first)."""
+    """The site of a sow of this name, given its scope and the `loop_indices` around it (outermost first)."""
     if not isinstance(scope.layer, LoopLayer):
         return Site(scope.layer, name)
     if scope.n_loops == 0:
@@ -115,13 +174,14 @@ def site_of(name: str, scope: Scope, loop_indices: Sequence[int]) -> Site:
 
 
 def is_loop(eqn: JaxprEqn) -> bool:
-    """Whether an equation runs its jaxpr several times, which gives its body a loop index."""
+    """Whether `eqn` runs its jaxpr several times, which gives its body a loop index."""
     return eqn.primitive.name in ("scan", "while")
 
 
-def any_site(jaxpr: Jaxpr, wanted: Callable[[str, Scope], bool], scope: Scope = Scope(), n_loops: int = 0) -> bool:
-    """Whether a jaxpr, or any jaxpr inside it, has a site whose name and scope are wanted."""
-    for eqn in jaxpr.eqns:
+def any_site(jaxpr: Jaxpr, wanted: Callable[[str, Scope], bool], scope: Scope, n_loops: int) -> bool:
+    """Whether a jaxpr in this scope and `n_loops` loops, or any inside it, has a site that is wanted."""
+    for position in outline_of(jaxpr).busy:
+        eqn = jaxpr.eqns[position]
         if is_site(eqn):
             if wanted(eqn.params["name"], scope_of(eqn, scope, n_loops)):
                 return True
@@ -131,7 +191,7 @@ def any_site(jaxpr: Jaxpr, wanted: Callable[[str, Scope], bool], scope: Scope = 
 
 
 def any_site_inside(eqn: JaxprEqn, wanted: Callable[[str, Scope], bool], scope: Scope, n_loops: int) -> bool:
-    """Whether a jaxpr among an equation's parameters has a wanted site."""
+    """Whether a jaxpr among the parameters of `eqn`, in this scope and `n_loops` loops, has a wanted site."""
     inner = [jaxpr for _, jaxpr in inner_jaxprs(eqn)]
     if not inner:
         return False
@@ -140,5 +200,5 @@ def any_site_inside(eqn: JaxprEqn, wanted: Callable[[str, Scope], bool], scope: 
 
 
 def source_line(eqn: JaxprEqn) -> str:
-    """Where in the user's (or upstream's) code an equation comes from: "file.py:12 (function)"."""
+    """Where in the user's (or upstream's) code `eqn` comes from: "file.py:12 (function)"."""
     return os.path.basename(source_info_util.summarize(eqn.source_info))

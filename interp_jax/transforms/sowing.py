@@ -25,6 +25,7 @@ Source: Oryx Harvest for the semantics of tag, name, mode and key.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -64,7 +65,7 @@ class _TracedLoopLayer:
 
 
 class SownHere(NamedTuple):
-    """What a sow hands to a listener: everything about the sow but its value."""
+    """What a sow hands to a listener: its name, its layer, and the index and length of the loop the layer follows."""
 
     name: str
     layer: int | LoopLayer | None
@@ -125,8 +126,9 @@ INHERITED: Any = object()
 """What `layer_in` returns for a name stack without a layer scope."""
 
 
+@functools.lru_cache(maxsize=4096)
 def layer_in(name_stack: Any) -> int | LoopLayer | None:
-    """The innermost layer scope in a name stack, or `INHERITED`."""
+    """The innermost layer scope in a `name_stack`, or `INHERITED`."""
     found = _LABEL.findall(str(name_stack))
     if not found:
         return INHERITED
@@ -225,7 +227,7 @@ def sow_cond(value: Any, pred: Any, *, tag: Hashable, name: str, mode: str = "co
 
 
 def _check_names(name: Any, tag: Any, mode: str, modes: Sequence[str]) -> None:
-    if not (isinstance(name, str) and name) or tag is None or not isinstance(tag, Hashable):
+    if not (isinstance(name, str) and name) or tag is None or not _has_hash(tag):
         raise InvalidInputError(
             four_part(
                 f"sow(name={name!r}, tag={tag!r}) was given",
@@ -237,8 +239,18 @@ def _check_names(name: Any, tag: Any, mode: str, modes: Sequence[str]) -> None:
         hint = " (sow_cond has cond_clobber, sow the other modes)" if mode in MODES else ""
         where = f"a sow named {name!r}{hint}"
         raise InvalidInputError(
-            four_part(f"Unknown mode {mode!r}", where=where, names=modes, given=str(mode), fix="use one of these modes.")
+            four_part(
+                f"Unknown mode {mode!r}", where=where, names=modes, given=str(mode), fix="use one of these modes."
+            )
         )
+
+
+def _has_hash(tag: Any) -> bool:
+    try:
+        hash(tag)
+    except TypeError:
+        return False
+    return True
 
 
 def _bind(value: Any, predicate: list[Any], keys: list[Any], **params: Any) -> Any:
@@ -251,7 +263,7 @@ def _bind(value: Any, predicate: list[Any], keys: list[Any], **params: Any) -> A
 
 
 def value_seen(leaves: Sequence[Any], params: dict[str, Any]) -> Any:
-    """A sow's operands as its reader sees them: the pytree that was sown, mapped axes first (outermost vmap first)."""
+    """The `leaves` of a sow with these `params` as its reader sees them: a pytree, mapped axes first."""
     leaves = list(leaves[: params["tree"].num_leaves])
     for depth, axes in enumerate(reversed(params["batch_axes"])):
         leaves = [
@@ -262,12 +274,12 @@ def value_seen(leaves: Sequence[Any], params: dict[str, Any]) -> Any:
 
 
 def predicate_seen(operands: Sequence[Any], params: dict[str, Any]) -> Any:
-    """The predicate of a conditional sow, mapped axes first, or None for other sows."""
+    """The predicate among the `operands` of a sow with these `params`, mapped axes first; None without one."""
     return operands[_n_values(params)] if params["has_predicate"] else None
 
 
 def leaves_of_seen(value: Any, params: dict[str, Any]) -> list[Any]:
-    """The inverse of `value_seen`: from the value a reader sees back to the sow's results."""
+    """The inverse of `value_seen`: from the value a reader sees to the results of a sow with these `params`."""
     leaves = jax.tree.leaves(value)
     stack = list(enumerate(reversed(params["batch_axes"])))
     for depth, axes in reversed(stack):

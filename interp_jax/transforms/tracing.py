@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from interp_jax.core.activations import SiteRow
@@ -34,6 +35,7 @@ from interp_jax.transforms.jaxprs import (
     inner_jaxprs,
     is_loop,
     is_site,
+    outline_of,
     scope_of,
     site_of,
     source_line,
@@ -42,7 +44,7 @@ from interp_jax.transforms.sowing import harvesting, value_seen
 
 
 class Trace(NamedTuple):
-    """A traced program: its jaxpr, the values of its arguments, and the structure of its result."""
+    """A traced program: its `closed` jaxpr, the `args` it is run on, and the `out_tree` of its result."""
 
     closed: ClosedJaxpr
     args: list[Any]
@@ -67,7 +69,7 @@ def trace_program(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     values = jax.tree.leaves((dynamic_args, dynamic_kwargs))
     traces = _traces_of(fn, static_argnums, static_argnames)
     mark = None
-    if traces is not None and not any(isinstance(value, jax.core.Tracer) for value in values):
+    if traces is not None and not any(isinstance(value, Tracer) for value in values):
         mark = traces.mark(args, kwargs)
         if mark in traces.by_mark:
             return Trace(traces.by_mark[mark][0], values, traces.by_mark[mark][1])
@@ -178,43 +180,54 @@ def _is_static(arg: Any) -> bool:
 
 
 def sites_of(closed: ClosedJaxpr) -> list[SiteRow]:
-    """The sites of a program in execution order, with what they hold. Both branches of a conditional count."""
+    """The sites of a `closed` jaxpr in execution order, with what they hold. Both branches of a conditional count."""
     return list(_sites(closed.jaxpr, Scope(), ()))
 
 
 def _sites(jaxpr: Jaxpr, outer: Scope, loop_indices: tuple[int, ...]) -> Iterator[SiteRow]:
-    for eqn in jaxpr.eqns:
-        n_loops = len(loop_indices)
+    n_loops = len(loop_indices)
+    for position in sorted(outline_of(jaxpr).busy):
+        eqn = jaxpr.eqns[position]
         if is_site(eqn):
             params, scope = eqn.params, scope_of(eqn, outer, n_loops)
-            yield SiteRow(site_of(params["name"], scope, loop_indices), _form_seen(eqn), source_line(eqn))
+            yield SiteRow(site_of(params["name"], scope, loop_indices), form_seen(eqn), source_line(eqn))
         elif any_site_inside(eqn, lambda name, scope: True, outer, n_loops):
             scope = scope_of(eqn, outer, n_loops)
             # How often a while loop runs is not known beforehand; its first iteration stands for all.
             lengths = {"scan": eqn.params.get("length"), "while": 1}
-            indices = [(*loop_indices, i) for i in range(lengths[eqn.primitive.name])] if is_loop(eqn) else [loop_indices]
-            for index in indices:
+            length = lengths[eqn.primitive.name] if is_loop(eqn) else None
+            for index in [loop_indices] if length is None else [(*loop_indices, i) for i in range(length)]:
                 for _, inner in inner_jaxprs(eqn):
                     yield from _sites(inner, scope, index)
 
 
-def _form_seen(eqn: JaxprEqn) -> Any:
-    """Shapes and dtypes of the value a reader of this site sees."""
-    forms = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in eqn.outvars]
+def form_seen(eqn: JaxprEqn) -> Any:
+    """Shapes and dtypes of the value a reader of the site `eqn` sees."""
+    avals: list[Any] = [var.aval for var in eqn.outvars]
+    forms = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+    if not eqn.params["batch_axes"]:
+        return jax.tree.unflatten(eqn.params["tree"], forms)
     return jax.eval_shape(lambda *leaves: value_seen(leaves, eqn.params), *forms)
 
 
 class Remembered:
-    """The most recent results of a function of a jaxpr object, by the object's identity."""
+    """The `limit` most recent results of a function of a jaxpr object, by the object's identity."""
 
     def __init__(self, limit: int = 64):
         self._limit = limit
         self._entries: OrderedDict[tuple[int, Hashable], tuple[Any, Any]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, closed: ClosedJaxpr, extra: Hashable, make: Callable[[], Any]) -> Any:
-        """`make()`, or what it returned the last time for this jaxpr and `extra`."""
-        if any(isinstance(const, jax.core.Tracer) for const in closed.consts):
+    def get(
+        self,
+        closed: ClosedJaxpr,
+        extra: Hashable,
+        make: Callable[[], Any],
+        *,
+        is_kept: Callable[[Any], bool] = lambda made: True,
+    ) -> Any:
+        """`make()`, or what it returned last for this `closed` jaxpr and `extra`, if `is_kept` said so of that."""
+        if any(isinstance(const, Tracer) for const in closed.consts):
             return make()  # Nothing of a trace under way may be kept.
         key = (id(closed), extra)
         with self._lock:
@@ -222,10 +235,10 @@ class Remembered:
                 self._entries.move_to_end(key)
                 return self._entries[key][1]
         result = make()
+        if not is_kept(result):
+            return result
         with self._lock:
             self._entries[key] = (closed, result)  # Holding the jaxpr keeps its identity taken.
             while len(self._entries) > self._limit:
                 self._entries.popitem(last=False)
         return result
-
-

@@ -6,7 +6,7 @@ carry-sowing): memory grows with what is asked, not with depth. All layers toget
 
 >>> import jax, jax.numpy as jnp
 >>> from interp_jax.transforms.harvest.interpret import Planting, interpret
->>> from interp_jax.transforms.harvest.survey import Names, Place
+>>> from interp_jax.transforms.harvest.keys import Names, Place
 >>> from interp_jax.transforms.sowing import sow
 >>> def total(xs):
 ...     return lax.scan(lambda c, x: (sow(c + x, tag="t", name="sum", mode="append"), None), 0.0, xs)[0]
@@ -29,7 +29,8 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from interp_jax.transforms.harvest.interpret import LoopIndex, Reaped, Result, State, choose, interpret, zeros_of
-from interp_jax.transforms.harvest.survey import Key, LoopSite, Place, Sown, survey, survey_scan
+from interp_jax.transforms.harvest.keys import Key, LoopSite, Place
+from interp_jax.transforms.harvest.survey import Sown, survey, survey_branches, survey_scan, survey_while
 
 
 def harvest_scan(eqn: JaxprEqn, operands: list[Any], state: State, place: Place) -> Result:
@@ -41,7 +42,8 @@ def harvest_scan(eqn: JaxprEqn, operands: list[Any], state: State, place: Place)
     reaped = {key: sown for key, sown in inside.items() if not state.is_planted(key)}
     slots = {key: _Slots(key, sown, state, length) for key, sown in reaped.items() if _is_layer(key, place)}
     partial = [slot for slot in slots.values() if not slot.is_all]
-    in_carry = {key: sown for key, sown in reaped.items() if sown.mode in ("clobber", "cond_clobber") and key not in slots}
+    clobbered = {key: sown for key, sown in reaped.items() if sown.mode in ("clobber", "cond_clobber")}
+    in_carry = {key: sown for key, sown in clobbered.items() if key not in slots}
     loop_state, planted, needs_index = state.enter_loop(inside, length)
     index = jnp.arange(length, dtype=jnp.int32) if partial or needs_index else None
 
@@ -82,7 +84,7 @@ def _is_stacked(key: Key, in_carry: dict[Key, Sown], slots: dict[Key, _Slots]) -
 
 def _nothing(sown: Sown) -> Reaped:
     """What a carried sow holds before the first iteration."""
-    return Reaped(zeros_of(sown.form), jnp.zeros((), bool) if sown.mode == "cond_clobber" else None)
+    return Reaped(zeros_of(sown.form), None if sown.when is None else jnp.zeros(sown.when, bool))
 
 
 def _keep(new: Reaped, old: Reaped) -> Reaped:
@@ -91,7 +93,8 @@ def _keep(new: Reaped, old: Reaped) -> Reaped:
         return Reaped(new.value)
     if new.when is None:
         return Reaped(new.value, jnp.ones_like(old.when))
-    return Reaped(choose(new.when, new.value, old.value), old.when | jnp.any(new.when))
+    when = jnp.broadcast_to(new.when, old.when.shape)
+    return Reaped(choose(when, new.value, old.value), old.when | when)
 
 
 class _Slots:
@@ -132,31 +135,48 @@ class _Slots:
 
 
 def harvest_while(eqn: JaxprEqn, operands: list[Any], state: State, place: Place) -> Result:
-    """A while loop under a harvest: what is reaped rides in the carry."""
+    """A while loop under a harvest: what is reaped rides in the carry.
+
+    Under vmap the predicate may differ between examples. Such a loop runs until the last example is done, and what is
+    computed for an example after its own end does not count.
+    """
     params = eqn.params
     n_condition, n_body = params["cond_nconsts"], params["body_nconsts"]
     condition_consts = operands[:n_condition]
     body_consts = operands[n_condition : n_condition + n_body]
-    inside = survey(params["body_jaxpr"].jaxpr, state.policy, place.in_loop())
-    reaped = {key: sown for key, sown in inside.items() if not state.is_planted(key)}
-    here = state.enter_loop(inside, None)[0].in_iteration(LoopIndex(None, None), {})
+    reaped = {key: sown for key, sown in survey_while(eqn, state.policy, place).items() if not state.is_planted(key)}
+    loop_state, _, needs_index = state.enter_loop(reaped, None)
+    is_per_example = bool(params["cond_jaxpr"].out_avals[0].shape)
+
+    def goes_on(own_carry: Any, index: Any) -> Any:
+        here = loop_state.in_iteration(LoopIndex(index, None), {})
+        return interpret(params["cond_jaxpr"], [*condition_consts, *own_carry], here, place.in_loop())[0][0]
 
     def condition(carry: Any) -> Any:
-        return interpret(params["cond_jaxpr"], [*condition_consts, *carry[0]], here, place.in_loop())[0][0]
+        is_live = goes_on(carry[0], carry[2])
+        return jnp.any(is_live) if is_per_example else is_live
 
     def body(carry: Any) -> Any:
-        own_carry, kept = carry
+        own_carry, kept, index = carry
+        here = loop_state.in_iteration(LoopIndex(index, None), {})
         outs, reaps = interpret(params["body_jaxpr"], [*body_consts, *own_carry], here, place.in_loop())
-        return outs, [_keep(reaps[key], old) for key, old in zip(reaped, kept, strict=True)]
+        new = [_keep(reaps[key], old) for key, old in zip(reaped, kept, strict=True)]
+        if is_per_example:
+            is_live = goes_on(own_carry, index)
+            outs = choose(is_live, outs, own_carry)
+            live = [is_live if sown.n_batched else jnp.any(is_live) for sown in reaped.values()]
+            new = [choose(here, after, before) for here, after, before in zip(live, new, kept, strict=True)]
+        return outs, new, None if index is None else index + 1
 
-    start = (operands[n_condition + n_body :], [_nothing(sown) for sown in reaped.values()])
-    outs, kept = lax.while_loop(condition, body, start)
+    kept = [_nothing(sown) for sown in reaped.values()]
+    start = (operands[n_condition + n_body :], kept, jnp.zeros((), jnp.int32) if needs_index else None)
+    outs, kept, _ = lax.while_loop(condition, body, start)
     return outs, dict(zip(reaped, kept, strict=True))
 
 
 def harvest_cond(eqn: JaxprEqn, operands: list[Any], state: State, place: Place) -> Result:
     """A cond or switch under a harvest: every branch returns what it reaped."""
-    keys = survey(eqn.params["branches"][0].jaxpr, state.policy, place)
+    keys = survey_branches([survey(branch.jaxpr, state.policy, place) for branch in eqn.params["branches"]])
     reaped = {key: sown for key, sown in keys.items() if not state.is_planted(key)}
 
     def branch(closed: Any) -> Any:
@@ -173,6 +193,6 @@ def harvest_cond(eqn: JaxprEqn, operands: list[Any], state: State, place: Place)
 
 def _as_mode(reaped: Reaped, sown: Sown) -> Reaped:
     """The same with a predicate exactly if its mode has one, so that branches agree in structure."""
-    if sown.mode != "cond_clobber":
+    if sown.when is None:
         return Reaped(reaped.value)
-    return reaped if reaped.when is not None else Reaped(reaped.value, jnp.ones((), bool))
+    return Reaped(reaped.value, jnp.broadcast_to(True if reaped.when is None else reaped.when, sown.when))

@@ -4,7 +4,7 @@
 >>> def f(x):
 ...     return sow(x * 2.0, tag="t", name="a") + 1.0
 >>> reap(f, tag="t")(3.0)["a"], plant(f, tag="t")({"a": 10.0}, 3.0)
-(Array(6., dtype=float32, weak_type=True), Array(11., dtype=float32, weak_type=True))
+(Array(6., dtype=float32, weak_type=True), Array(11., dtype=float32))
 
 Sharp edges: a planted name is not reaped. A value must be planted in the form it is sown in, and a name nobody sows
 is an error (`unknown="ignore"` for Oryx's behaviour). Under `vmap(reap(f))` values are those of one example; under
@@ -16,6 +16,7 @@ Source: Oryx Harvest, whose names and semantics these are; where it is silently 
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import Any
 
@@ -23,7 +24,9 @@ import jax
 
 from interp_jax.core.errors import UnknownNameError, four_part
 from interp_jax.transforms.harvest.interpret import Planting, check_fits, interpret
-from interp_jax.transforms.harvest.survey import Names, Place, Sown, nest_label, show_key, survey
+from interp_jax.transforms.harvest.keys import Names, Place, nest_label, show_key
+from interp_jax.transforms.harvest.staging import staged
+from interp_jax.transforms.harvest.survey import Sown, survey
 from interp_jax.transforms.sowing import sow
 from interp_jax.transforms.tracing import trace_program
 
@@ -63,7 +66,7 @@ def harvest(
     def harvested(plants: Mapping[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         return _harvest(f, policy, plants, args, kwargs, unknown=unknown, reaps=True)
 
-    return _renamed(f, harvested)
+    return _renamed(f, harvested, takes_plants=True)
 
 
 def _harvest(
@@ -82,8 +85,16 @@ def _harvest(
     flat = _fitting(_by_path(plants, found), found, policy, unknown=unknown, where=where)
     if not reaps:
         policy = policy._replace(only=frozenset(flat))
-    outs, reaped = interpret(trace.closed, trace.args, Planting(policy, flat), Place())
-    return jax.tree.unflatten(trace.out_tree, outs), _nested({key: reaped[key].value for key in reaped})
+
+    def interpreted(args: Any, planted: list[Any]) -> tuple[Any, OrderedDict[Any, Any]]:
+        values: dict[Any, Any] = dict(zip(flat, planted, strict=True))
+        outs, reaped = interpret(trace.closed, args, Planting(policy, values), Place())
+        # JAX sorts the keys of other dictionaries.
+        in_order = OrderedDict((key, value) for key, (value, _) in reaped.items())
+        return jax.tree.unflatten(trace.out_tree, outs), in_order
+
+    result, in_order = staged(trace.closed, (policy, tuple(flat)), interpreted, trace.args, list(flat.values()))
+    return result, _nested(in_order)
 
 
 def call_and_reap(f: Callable[..., Any], **options: Any) -> Callable[..., tuple[Any, dict[str, Any]]]:
@@ -125,7 +136,7 @@ def plant(
     def planted(plants: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         return _harvest(f, policy, plants, args, kwargs, unknown=unknown, reaps=False)[0]
 
-    return _renamed(f, planted)
+    return _renamed(f, planted, takes_plants=True)
 
 
 def _policy(tag: Hashable, allowlist: Collection[str] | None, blocklist: Collection[str], exclusive: bool) -> Names:
@@ -150,8 +161,12 @@ def nest(f: Callable[..., Any], *, scope: str) -> Callable[..., Any]:
     return _renamed(f, nested)
 
 
-def _renamed(f: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
-    return functools.wraps(f, updated=())(wrapper)
+def _renamed(f: Callable[..., Any], wrapper: Callable[..., Any], *, takes_plants: bool = False) -> Callable[..., Any]:
+    renamed = functools.wraps(f, updated=())(wrapper)
+    if takes_plants:
+        # `__wrapped__` would say that the signature is that of `f`, and jax.jit would count arguments by it.
+        del renamed.__wrapped__
+    return renamed
 
 
 def _by_path(plants: Mapping[str, Any], found: Mapping[Any, Sown], scope: tuple[str, ...] = ()) -> dict[Any, Any]:

@@ -5,7 +5,7 @@ jit stays one jit, a checkpoint stays rematerialised, a custom derivative rule s
 harvest is left.
 
 >>> import jax
->>> from interp_jax.transforms.harvest.survey import Names
+>>> from interp_jax.transforms.harvest.keys import Names
 >>> from interp_jax.transforms.sowing import sow
 >>> closed = jax.make_jaxpr(jax.jit(lambda x: sow(x * 2.0, tag="t", name="a") + 1.0))(1.0)
 >>> outs, reaps = interpret(closed, [3.0], Planting(Names("t")), Place())
@@ -17,21 +17,20 @@ Source: Oryx Harvest for the semantics.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 from jax.interpreters import ad
-from jax.sharding import Sharding
 
 from interp_jax.core.errors import ShapeError
 from interp_jax.core.interventions import same_form
-from interp_jax.transforms.harvest.survey import Key, Place, Policy, Sown, concerns, is_recomputation, keys_in, show_key
-from interp_jax.transforms.jaxprs import CUSTOM_RULES, callee_of, evaluate
+from interp_jax.transforms.harvest.keys import Key, Place, Policy, show_key
+from interp_jax.transforms.harvest.survey import Sown, concerns
+from interp_jax.transforms.jaxprs import at_equation, evaluate, inner_jaxprs, outline_of
 from interp_jax.transforms.sowing import leaves_of_seen, predicate_seen, sow_p, value_seen
 
 
@@ -52,7 +51,15 @@ class LoopIndex(NamedTuple):
 class State(Protocol):
     """What is done at the sows: which count, and what their values become."""
 
-    policy: Policy
+    @property
+    def policy(self) -> Policy:
+        """Which sows count."""
+        ...
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether effects whose results nobody reads are left out, because the same code also runs elsewhere."""
+        ...
 
     def visit(self, key: Key, value: Any) -> tuple[Any, bool]:
         """The value to go on with at a sow, and whether it is also to be reaped."""
@@ -88,6 +95,14 @@ class State(Protocol):
         """The state with those arrays replaced."""
         ...
 
+    def silenced(self) -> State:
+        """The state with `is_silent`."""
+        ...
+
+    def reading_nothing(self) -> State:
+        """The state that reaps nothing."""
+        ...
+
 
 @dataclass(frozen=True)
 class Planting:
@@ -95,6 +110,7 @@ class Planting:
 
     policy: Policy
     plants: Mapping[Key, Any] = field(default_factory=dict)
+    is_silent: bool = False
     resows = False
 
     def visit(self, key: Key, value: Any) -> tuple[Any, bool]:
@@ -123,6 +139,12 @@ class Planting:
     def with_arrays(self, arrays: Any) -> Planting:
         return replace(self, plants=arrays)
 
+    def silenced(self) -> Planting:
+        return replace(self, is_silent=True)
+
+    def reading_nothing(self) -> Planting:
+        return replace(self, policy=self.policy.reading_nothing())
+
 
 def interpret(
     closed: ClosedJaxpr, args: Sequence[Any], state: State, place: Place
@@ -138,7 +160,7 @@ def interpret(
     Returns:
         Its results, and what was reaped, in execution order.
     """
-    jaxpr = closed.jaxpr
+    jaxpr, outline = closed.jaxpr, outline_of(closed.jaxpr)
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
     reaps: dict[Key, Reaped] = {}
@@ -146,16 +168,35 @@ def interpret(
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, Literal) else env[atom]
 
-    for eqn in jaxpr.eqns:
+    for index, eqn in enumerate(jaxpr.eqns):
+        if state.is_silent and eqn.effects and index in outline.unread and index not in outline.busy:
+            continue
         operands = [read(atom) for atom in eqn.invars]
-        if concerns(eqn, state.policy, place) or _is_being_differentiated(eqn, operands):
-            results, new = _rule(eqn, operands, state, place)
+        if _is_touched(eqn, operands, state, place, is_busy=index in outline.busy):
+            with at_equation(eqn):
+                results, new = _rule(eqn, operands, state, place.of(eqn))
             for key, reaped in new.items():
                 reaps[key] = _merge(reaps.pop(key, None), reaped)
         else:
             results = evaluate(eqn, operands)
         env.update(zip(eqn.outvars, results, strict=True))
+        for var in outline.frees[index]:
+            env.pop(var, None)
     return [read(atom) for atom in jaxpr.outvars], reaps
+
+
+def _is_touched(eqn: JaxprEqn, operands: Sequence[Any], state: State, place: Place, *, is_busy: bool) -> bool:
+    """Whether there is anything to do in an equation."""
+    if is_busy and concerns(eqn, state.policy, place):
+        return True
+    if state.is_silent and eqn.effects:
+        return any(True for _ in inner_jaxprs(eqn))
+    return is_being_differentiated(eqn, operands)
+
+
+def is_being_differentiated(eqn: JaxprEqn, operands: Sequence[Any]) -> bool:
+    """Whether a custom_jvp call is about to run its rule, whose sows are then sown too."""
+    return eqn.primitive.name == "custom_jvp_call" and any(isinstance(o, ad.JVPTracer) for o in operands)
 
 
 def _merge(old: Reaped | None, new: Reaped) -> Reaped:
@@ -185,27 +226,17 @@ Result = tuple[Sequence[Any], dict[Key, Reaped]]
 
 
 def _rule(eqn: JaxprEqn, operands: list[Any], state: State, place: Place) -> Result:
-    own = place.of(eqn)
-    name = eqn.primitive.name
     if eqn.primitive is sow_p:
-        return _sow(eqn, operands, state, own)
-    if name in ("scan", "while", "cond"):
-        from interp_jax.transforms.harvest import control_flow
+        return _sow(eqn, operands, state, place)
+    from interp_jax.transforms.harvest import calls, control_flow
 
-        return getattr(control_flow, f"harvest_{name}")(eqn, operands, state, own)
-    if name == "shard_map":
-        # The survey has refused sows of this harvest inside; what is left is sows it drops.
-        return evaluate(eqn, operands), {}
-    if name in CUSTOM_RULES:
-        return _custom_rule(eqn, operands, state, own)
-    callee = callee_of(eqn)
-    if name in ("jit", "pjit"):
-        return _jit(eqn, callee, operands, state, own)
-    if name in ("checkpoint", "remat", "remat2"):
-        options = {"policy": eqn.params["policy"], "prevent_cse": eqn.params["prevent_cse"]}
-        outs, reaps = through_call(lambda fn: jax.checkpoint(fn, **options), callee, operands, state, own)
-        return outs, {} if is_recomputation(eqn) else reaps
-    return interpret(callee, operands, state, own)
+    rule = {
+        "scan": control_flow.harvest_scan,
+        "while": control_flow.harvest_while,
+        "cond": control_flow.harvest_cond,
+        "shard_map": calls.harvest_shard_map,
+    }.get(eqn.primitive.name, calls.harvest_call)
+    return rule(eqn, operands, state, place)
 
 
 def _sow(eqn: JaxprEqn, operands: list[Any], state: State, place: Place) -> Result:
@@ -225,104 +256,6 @@ def _sow(eqn: JaxprEqn, operands: list[Any], state: State, place: Place) -> Resu
     if when is not None:
         new = choose(when, new, zeros_of(new))
     return results, {key: Reaped(new, when)}
-
-
-def through_call(
-    wrap: Callable[[Callable[..., Any]], Callable[..., Any]],
-    callee: ClosedJaxpr,
-    operands: Sequence[Any],
-    state: State,
-    place: Place,
-) -> Result:
-    """Run a jaxpr under a harvest inside a call: what was reaped leaves the call as further results.
-
-    Args:
-        wrap: Makes the call out of a function, for example `jax.jit`.
-        callee: What is called.
-        operands: Its arguments.
-        state: What is done at its sows.
-        place: The call's own place.
-
-    Returns:
-        The results and what was reaped.
-    """
-    keys: list[Key] = []
-
-    def inner(*args: Any) -> tuple[list[Any], list[Reaped]]:
-        outs, reaps = interpret(callee, args, state, place)
-        keys[:] = list(reaps)
-        return outs, list(reaps.values())
-
-    outs, values = wrap(inner)(*operands)
-    return outs, dict(zip(keys, values, strict=True))
-
-
-def _jit(eqn: JaxprEqn, callee: ClosedJaxpr, operands: list[Any], state: State, place: Place) -> Result:
-    def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
-        fn.__name__ = fn.__qualname__ = eqn.params.get("name", "harvested")
-        return jax.jit(fn, inline=eqn.params.get("inline", False))
-
-    operands = _constrained(operands, eqn.params.get("in_shardings"))
-    outs, reaps = through_call(wrap, callee, operands, state, place)
-    return _constrained(outs, eqn.params.get("out_shardings")), reaps
-
-
-def _constrained(values: Sequence[Any], shardings: Sequence[Any] | None) -> list[Any]:
-    """Values under the shardings a jit asked for."""
-    pairs = zip(values, shardings or [None] * len(values), strict=True)
-    return [lax.with_sharding_constraint(v, s) if isinstance(s, Sharding) else v for v, s in pairs]
-
-
-def _custom_rule(eqn: JaxprEqn, operands: list[Any], state: State, place: Place) -> Result:
-    """Harvest a custom_jvp or custom_vjp call.
-
-    Read, the call itself gives the results, so that its rule stays in force, and its code is run beside it for the
-    values inside (compiled, the two are one). Where something is planted, the code gives the results too, and its
-    derivative is that of the code.
-    """
-    if _is_being_differentiated(eqn, operands):
-        results, reaps, has_sows = _harvest_jvp_rule(eqn, operands, state, place)
-        if has_sows:
-            return results, reaps
-    inner_outs, reaps = interpret(callee_of(eqn), operands, state, place)
-    is_changed = any(map(state.changes, keys_in(callee_of(eqn).jaxpr, state.policy, place)))
-    return inner_outs if is_changed else evaluate(eqn, operands), reaps
-
-
-def _is_being_differentiated(eqn: JaxprEqn, operands: Sequence[Any]) -> bool:
-    """Whether a custom_jvp call is about to run its rule, whose sows are then sown too."""
-    return eqn.primitive.name == "custom_jvp_call" and any(isinstance(o, ad.JVPTracer) for o in operands)
-
-
-def _harvest_jvp_rule(
-    eqn: JaxprEqn, operands: list[Any], state: State, place: Place
-) -> tuple[list[Any], dict[Key, Reaped], bool]:
-    """Harvest the rule of a custom_jvp call. Third: whether there was anything in it to harvest."""
-
-    def rule(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
-        return jax.jvp(lambda *args: evaluate(eqn, args), tuple(primals), tuple(tangents))
-
-    forms = [jax.ShapeDtypeStruct(jnp.shape(o), o.dtype) for o in operands]
-    closed = jax.make_jaxpr(rule)(forms, forms)
-    if not any(concerns(inside, state.policy, place) for inside in closed.jaxpr.eqns):
-        return [], {}, False
-    keys: list[Key] = []
-
-    @jax.custom_jvp
-    def harvested(args: list[Any], arrays: Any) -> tuple[list[Any], list[Any]]:
-        raise AssertionError("called only to be differentiated")
-
-    @harvested.defjvp
-    def _(primals: Any, tangents: Any) -> Any:
-        (args, arrays), (args_dot, _) = primals, tangents
-        outs, reaps = interpret(closed, [*args, *args_dot], state.with_arrays(arrays), place)
-        keys[:] = list(reaps)
-        values = [reaped.value for reaped in reaps.values()]
-        n = len(eqn.outvars)
-        return (outs[:n], values), (outs[n:], jax.tree.map(jnp.zeros_like, values))
-
-    results, values = harvested(operands, state.arrays)
-    return results, {key: Reaped(value) for key, value in zip(keys, values, strict=True)}, True
 
 
 def check_fits(key: Key, sown: Sown, value: Any, *, where: str) -> Any:

@@ -5,6 +5,7 @@ stack of them, a clobbered one into its last, and so on. All mistakes that can b
 here, with the source line of the sow.
 
 >>> import jax
+>>> from interp_jax.transforms.harvest.keys import Names
 >>> from interp_jax.transforms.sowing import sow
 >>> closed = jax.make_jaxpr(lambda x: sow(x * 2.0, tag="t", name="a"))(1.0)
 >>> [(key, sown.mode) for key, sown in survey(closed.jaxpr, Names("t"), Place()).items()]
@@ -15,133 +16,55 @@ Source: Oryx Harvest for the modes and their rules.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
-from urllib.parse import quote, unquote
+from typing import Any
 
 import jax
-from jax.extend.core import Jaxpr, JaxprEqn
+import numpy as np
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from interp_jax.core.errors import InvalidInputError, four_part
-from interp_jax.core.sites import Site
-from interp_jax.transforms.jaxprs import Scope, callee_of, inner_jaxprs, is_loop, scope_of, source_line
-from interp_jax.transforms.sowing import LoopLayer, sow_p, value_seen
-
-Key = Hashable
-"""What a harvest knows a value by: a path of names, a `Site`, or in the body of a loop over layers a `LoopSite`."""
-
-
-class LoopSite(NamedTuple):
-    """A site in the body of a scan over layers: one site per iteration, `Site(offset + stride * index, name)`.
-
-    `n_loops` says which loop: the number of loops around its body, itself included.
-    """
-
-    name: str
-    layer: LoopLayer
-    n_loops: int
-
-    def site(self, index: int) -> Site:
-        """The site of an iteration."""
-        return Site(self.layer.offset + self.layer.stride * index, self.name)
-
-    def __str__(self) -> str:
-        return f"*.{self.name}"
-
-
-class Place(NamedTuple):
-    """Where in a program a jaxpr is called: its layer scope, the nests around it, and how many loops."""
-
-    scope: Scope = Scope()
-    nests: tuple[str, ...] = ()
-    n_loops: int = 0
-
-    def of(self, eqn: JaxprEqn) -> Place:
-        """The place of an equation in a jaxpr at this place."""
-        found = _NEST.findall(str(eqn.source_info.name_stack))
-        nests = (*self.nests, *map(unquote, found)) if found else self.nests
-        return Place(scope_of(eqn, self.scope, self.n_loops), nests, self.n_loops)
-
-    def in_loop(self) -> Place:
-        """The place of the body of a loop at this place."""
-        return self._replace(n_loops=self.n_loops + 1)
-
-
-_NEST = re.compile(r"ij\.nest=([^/()]*)\.")
-
-
-def nest_label(scope: str) -> str:
-    """The name-stack entry of a nest."""
-    return f"ij.nest={quote(scope, safe='').replace('.', '%2E')}."
-
-
-class Policy(Protocol):
-    """Which sows a harvest concerns, and what it calls them."""
-
-    def key(self, eqn: JaxprEqn, place: Place) -> Key | None:
-        """The key of a sow, or None if this harvest leaves it where it is."""
-        ...
-
-    def is_wanted(self, key: Key) -> bool:
-        """Whether a sow of this key is harvested; otherwise it is dropped."""
-        ...
-
-    def is_dropped(self, eqn: JaxprEqn) -> bool:
-        """Whether a sow without a key is taken out all the same."""
-        ...
-
-    def iterations(self, key: LoopSite, length: int) -> list[int]:
-        """The iterations of a loop over layers whose site is read."""
-        ...
-
-
-class Names(NamedTuple):
-    """The policy of Oryx: sows of one tag, by name. With `only`, all but those keys are left where they are."""
-
-    tag: Hashable
-    allowlist: frozenset[str] | None = None
-    blocklist: frozenset[str] = frozenset()
-    exclusive: bool = False
-    only: frozenset[Key] | None = None
-
-    def key(self, eqn: JaxprEqn, place: Place) -> Key | None:
-        key = (*place.nests, eqn.params["name"])
-        concerns_it = eqn.params["tag"] == self.tag and (self.only is None or key in self.only)
-        return key if concerns_it else None
-
-    def is_wanted(self, key: Any) -> bool:
-        names = {key[-1], "/".join(key)}
-        return not names & self.blocklist and (self.allowlist is None or bool(names & self.allowlist))
-
-    def is_dropped(self, eqn: JaxprEqn) -> bool:
-        return self.exclusive
-
-    def iterations(self, key: LoopSite, length: int) -> list[int]:
-        raise AssertionError("names have no layers")
+from interp_jax.transforms.harvest.keys import Key, LoopSite, Place, Policy, show_key
+from interp_jax.transforms.jaxprs import CHECKPOINTS, callee_of, inner_jaxprs, is_loop, outline_of, source_line
+from interp_jax.transforms.sowing import sow_p
+from interp_jax.transforms.tracing import form_seen
 
 
 @dataclass(frozen=True)
 class Sown:
-    """One harvested value as its reader sees it: its form, its mode, and where it is sown."""
+    """One harvested value as its reader sees it: its form, its mode, and where it is sown.
+
+    `when` is the shape of the predicate of a conditional sow, `n_batched` the number of vmaps inside the harvested
+    function that gave the value an axis, and `varies` whether devices hold different values of it (in a shard_map).
+    """
 
     form: Any
     mode: str
     source: str
-
-    @property
-    def leaves(self) -> list[jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of its arrays."""
-        return jax.tree.leaves(self.form)
+    when: tuple[int, ...] | None = None
+    n_batched: int = 0
+    varies: bool = False
 
 
-def form_of(eqn: JaxprEqn) -> Any:
-    """Shapes and dtypes of what the reader of a sow sees."""
-    avals = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in eqn.outvars]
-    if not eqn.params["batch_axes"]:
-        return jax.tree.unflatten(eqn.params["tree"], avals)
-    return jax.eval_shape(lambda *leaves: value_seen(leaves, eqn.params), *avals)
+def _sown(eqn: JaxprEqn) -> Sown:
+    params = eqn.params
+    predicate: Any = eqn.invars[len(eqn.outvars)].aval if params["has_predicate"] else None
+    return Sown(
+        form_seen(eqn),
+        params["mode"],
+        source_line(eqn),
+        when=None if predicate is None else predicate.shape,
+        n_batched=len(params["batch_axes"]),
+        varies=any(map(_varies, eqn.outvars)),
+    )
+
+
+def _varies(var: Any) -> bool:
+    """Whether devices hold different values of a variable inside a shard_map."""
+    # JAX has renamed `vma` to `mat.varying`.
+    varying = var.aval.mat.varying if hasattr(var.aval, "mat") else getattr(var.aval, "vma", ())
+    return bool(varying)
 
 
 def concerns(eqn: JaxprEqn, policy: Policy, place: Place) -> bool:
@@ -152,22 +75,25 @@ def concerns(eqn: JaxprEqn, policy: Policy, place: Place) -> bool:
     if not inner:
         return False
     own = place.of(eqn).in_loop() if is_loop(eqn) else place.of(eqn)
-    return any(concerns(inside, policy, own) for _, jaxpr in inner for inside in jaxpr.eqns)
+    return any(concerns(inside, policy, own) for _, jaxpr in inner for inside in _busy_equations(jaxpr))
+
+
+def _busy_equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+    """The equations that sow or have a sow inside, in execution order."""
+    return (jaxpr.eqns[index] for index in sorted(outline_of(jaxpr).busy))
 
 
 def keys_in(jaxpr: Jaxpr, policy: Policy, place: Place) -> Iterator[Key]:
     """The key of every sow of a harvest in a jaxpr and inside it, wanted or not."""
-    for eqn in jaxpr.eqns:
+    for eqn in _busy_equations(jaxpr):
         if eqn.primitive is sow_p:
             key = policy.key(eqn, place.of(eqn))
             if key is not None:
                 yield key
             continue
-        inner = list(inner_jaxprs(eqn))
-        if inner:
-            own = place.of(eqn).in_loop() if is_loop(eqn) else place.of(eqn)
-            for _, inside in inner:
-                yield from keys_in(inside, policy, own)
+        own = place.of(eqn).in_loop() if is_loop(eqn) else place.of(eqn)
+        for _, inside in inner_jaxprs(eqn):
+            yield from keys_in(inside, policy, own)
 
 
 def survey(jaxpr: Jaxpr, policy: Policy, place: Place) -> dict[Key, Sown]:
@@ -185,19 +111,63 @@ def survey(jaxpr: Jaxpr, policy: Policy, place: Place) -> dict[Key, Sown]:
         InvalidInputError: Two sows of one key, a mode that cannot be used where it is, branches that disagree.
     """
     found: dict[Key, Sown] = {}
-    for eqn in jaxpr.eqns:
+    sown_at: dict[Key, int] = {}
+    for index in sorted(outline_of(jaxpr).busy):
+        eqn = jaxpr.eqns[index]
         if not concerns(eqn, policy, place):
             continue
         for key, sown in _survey_equation(eqn, policy, place).items():
-            if key in found and not {sown.mode, found[key].mode} <= {"clobber", "cond_clobber"}:
-                raise _refuse(
-                    f"Variable has already been reaped: {show_key(key)} (sown at {found[key].source}, and again at "
-                    f"{sown.source})",
-                    expected="one sow per name in strict and append mode.",
-                    fix="give the second another name, nest one of them, or sow both with mode='clobber'.",
-                )
-            found[key] = sown
+            if key in found:
+                before, between = jaxpr.eqns[: sown_at[key]], jaxpr.eqns[sown_at[key] : index]
+                _check_second(key, found[key], sown, before=before, between=between)
+            found[key], sown_at[key] = sown, index
     return found
+
+
+def _check_second(
+    key: Key, first: Sown, second: Sown, *, before: Sequence[JaxprEqn], between: Sequence[JaxprEqn]
+) -> None:
+    """Refuse a second sow of a key, unless both clobber.
+
+    Args:
+        key: Their key.
+        first: One of them.
+        second: The other.
+        before: The equations before the first.
+        between: The equations between the two.
+    """
+    both = f"(sown at {first.source}, and again at {second.source})"
+    per_example = "use vmap(reap(f)) in place of reap(vmap(f))"
+    if not {first.mode, second.mode} <= {"clobber", "cond_clobber"}:
+        hint = f"; if they are branches of a cond under vmap, {per_example}" if second.n_batched else ""
+        raise _refuse(
+            f"Variable has already been reaped: {show_key(key)} {both}",
+            expected="one sow per name in strict and append mode.",
+            fix=f"give the second another name, nest one of them, or sow both with mode='clobber'{hint}.",
+        )
+    if second.mode == "cond_clobber" and first.form != second.form:
+        raise _refuse(
+            f"{show_key(key)!r} is sown as {first.form} and, under a predicate, as {second.form} {both}",
+            expected="one structure, shape and dtype, as the predicate decides which is reaped.",
+            fix="give both values one form, or the second another name.",
+        )
+    # vmap runs all branches of a cond whose predicate differs between examples, and compares the index with each.
+    if second.n_batched and _indices_compared(before) & _indices_compared(between):
+        raise _refuse(
+            f"{show_key(key)!r} lies in branches of a cond whose predicate differs between examples of a vmap {both}",
+            expected="one branch taken by all examples, or the harvest inside the vmap.",
+            fix=f"{per_example}.",
+        )
+
+
+def _indices_compared(eqns: Sequence[JaxprEqn]) -> set[Any]:
+    """The integer variables that equations compare with a number."""
+    pairs: list[Any] = [eqn.invars for eqn in eqns if eqn.primitive.name == "eq"]
+    return {a for a, b in pairs if isinstance(a, Var) and _is_int32(a.aval) and isinstance(b, Literal)}
+
+
+def _is_int32(aval: Any) -> bool:
+    return aval.dtype == np.int32
 
 
 def _survey_equation(eqn: JaxprEqn, policy: Policy, place: Place) -> dict[Key, Sown]:
@@ -206,22 +176,16 @@ def _survey_equation(eqn: JaxprEqn, policy: Policy, place: Place) -> dict[Key, S
         key = policy.key(eqn, own)
         if key is None or not policy.is_wanted(key):
             return {}
-        return {key: Sown(form_of(eqn), eqn.params["mode"], source_line(eqn))}
+        return {key: _sown(eqn)}
     match eqn.primitive.name:
         case "scan":
             return survey_scan(eqn, policy, own)[1]
         case "while":
-            return _survey_while(eqn, policy, own.in_loop())
+            return survey_while(eqn, policy, own)
         case "cond":
-            return _survey_branches([survey(branch.jaxpr, policy, own) for branch in eqn.params["branches"]])
+            return survey_branches([survey(branch.jaxpr, policy, own) for branch in eqn.params["branches"]])
         case "shard_map":
-            if survey(eqn.params["jaxpr"], policy, own):
-                raise _refuse(
-                    f"Detected sow calls inside a shard_map. This is not currently supported. ({source_line(eqn)})",
-                    expected="sows outside shard_map, where a value has a global shape.",
-                    fix="return the value from the shard_map, with an out_spec, and sow it outside.",
-                )
-            return {}
+            return _survey_shard_map(eqn, policy, own)
     if is_recomputation(eqn):
         return {}
     return survey(callee_of(eqn).jaxpr, policy, own)
@@ -232,7 +196,20 @@ def is_recomputation(eqn: JaxprEqn) -> bool:
 
     Its sows have been reaped where they were first computed; what is planted there is planted here too.
     """
-    return bool(eqn.params.get("differentiated")) and "prevent_cse" in eqn.params
+    return eqn.primitive.name in CHECKPOINTS and bool(eqn.params.get("differentiated"))
+
+
+def _survey_shard_map(eqn: JaxprEqn, policy: Policy, place: Place) -> dict[Key, Sown]:
+    found = survey(eqn.params["jaxpr"], policy, place)
+    for key, sown in found.items():
+        if sown.varies or not eqn.params.get("check_vma"):
+            raise _refuse(
+                f"Detected sow calls inside a shard_map. This is not currently supported: {show_key(key)!r} may differ "
+                f"from device to device, and no out_spec says how its parts form one array (sown at {sown.source})",
+                expected="a value that all devices share (as after psum, with check_vma=True), or a sow outside.",
+                fix="return the value from the shard_map, with an out_spec, and sow it outside.",
+            )
+    return found
 
 
 def survey_scan(eqn: JaxprEqn, policy: Policy, place: Place) -> tuple[dict[Key, Sown], dict[Key, Sown]]:
@@ -252,9 +229,17 @@ def survey_scan(eqn: JaxprEqn, policy: Policy, place: Place) -> tuple[dict[Key, 
     outside: dict[Key, Sown] = {}
     for key, sown in inside.items():
         if isinstance(key, LoopSite) and key.n_loops == place.n_loops + 1:
-            outside.update({key.site(i): sown for i in policy.iterations(key, length)})
+            leaving: dict[Key, Sown] = {key.site(i): sown for i in policy.iterations(key, length)}
         else:
-            outside[key] = _leave_scan(key, sown, length)
+            leaving = {key: _leave_scan(key, sown, length)}
+        for site in leaving.keys() & outside.keys():
+            raise _refuse(
+                f"Variable has already been reaped: {show_key(site)} (sown at {outside[site].source}, and again at "
+                f"{sown.source})",
+                expected="one sow per layer and name.",
+                fix="give loop_layer a stride and offset that keep the layers apart, or the second sow another name.",
+            )
+        outside.update(leaving)
     return inside, outside
 
 
@@ -272,36 +257,76 @@ def _leave_scan(key: Key, sown: Sown, length: int) -> Sown:
     return replace(sown, form=stacked)
 
 
-def _survey_while(eqn: JaxprEqn, policy: Policy, body_place: Place) -> dict[Key, Sown]:
-    condition = survey(eqn.params["cond_jaxpr"].jaxpr, policy, body_place)
+def survey_while(eqn: JaxprEqn, policy: Policy, place: Place) -> dict[Key, Sown]:
+    """What a while loop sows.
+
+    Args:
+        eqn: The loop.
+        policy: Which sows count.
+        place: The loop's own place.
+
+    Returns:
+        The last value of each sow in its body, by key.
+    """
+    condition = survey(eqn.params["cond_jaxpr"].jaxpr, policy, place.in_loop())
     if condition:
-        keys = ", ".join(map(show_key, condition))
+        sows = ", ".join(f"{show_key(key)!r} (sown at {sown.source})" for key, sown in condition.items())
         raise _refuse(
-            f"{keys} is sown in the condition of a `while_loop` ({source_line(eqn)})",
+            f"The condition of a `while_loop` sows {sows}",
             expected="sows in the body only.",
             fix="compute the value in the body and carry it to the condition.",
         )
-    body = survey(eqn.params["body_jaxpr"].jaxpr, policy, body_place)
-    for key, sown in body.items():
-        if sown.mode in ("strict", "append"):
-            raise _refuse(
-                f"Must use clobber or cond_clobber mode for {show_key(key)!r} inside of a `while_loop`. (sown at "
-                f"{sown.source} with mode {sown.mode})",
-                expected="clobber or cond_clobber: how often the loop runs is not known beforehand.",
-                fix="sow with mode='clobber', or use lax.scan.",
-            )
-    return body
+    body = survey(eqn.params["body_jaxpr"].jaxpr, policy, place.in_loop())
+    examples = eqn.params["cond_jaxpr"].out_avals[0].shape
+    return {key: _leave_while(key, sown, examples, place) for key, sown in body.items()}
 
 
-def _survey_branches(branches: Sequence[dict[Key, Sown]]) -> dict[Key, Sown]:
-    first = branches[0]
+def _leave_while(key: Key, sown: Sown, examples: tuple[int, ...], place: Place) -> Sown:
+    """A sow of a while loop's body as seen from outside; `examples` is the shape of the loop's predicate."""
+    if isinstance(key, LoopSite) and key.n_loops == place.n_loops + 1:
+        raise _refuse(
+            f"{show_key(key)!r} is read, whose layer is the index of a `while_loop` (sown at {sown.source})",
+            expected="a scan over layers: how often a while loop runs is not known beforehand.",
+            fix="use lax.scan, or lax.fori_loop with bounds that are Python integers.",
+        )
+    if sown.mode in ("strict", "append"):
+        raise _refuse(
+            f"Must use clobber or cond_clobber mode for {show_key(key)!r} inside of a `while_loop`. (sown at "
+            f"{sown.source} with mode {sown.mode})",
+            expected="clobber or cond_clobber: how often the loop runs is not known beforehand.",
+            fix="sow with mode='clobber', or use lax.scan.",
+        )
+    if 0 < sown.n_batched < len(examples):
+        raise _refuse(
+            f"{show_key(key)!r} lies in a `while_loop` that ends at different times for the examples of several vmaps, "
+            f"of which only some give it an axis (sown at {sown.source})",
+            expected="the harvest inside the vmaps.",
+            fix="use vmap(reap(f)) in place of reap(vmap(f)).",
+        )
+    when = sown.when
+    if when is not None and sown.n_batched:
+        when = tuple(np.broadcast_shapes(when, examples + when[len(examples) :]))
+    return replace(sown, when=when)
+
+
+def survey_branches(branches: Sequence[dict[Key, Sown]]) -> dict[Key, Sown]:
+    """What a cond or switch sows: what each of its branches sows, which must agree.
+
+    Args:
+        branches: What each branch sows.
+
+    Returns:
+        What they all sow.
+    """
+    first = dict(branches[0])
     for other in branches[1:]:
         sources = ", ".join(sown.source for branch in (first, other) for sown in branch.values())
         if len(other) != len(first):
+            lonely = ", ".join(repr(show_key(key)) for key in first.keys() ^ other.keys())
             raise _refuse(
-                f"Mismatching number of `sow`s between branches. (sown at {sources})",
+                f"Mismatching number of `sow`s between branches: {lonely} in some only (sown at {sources})",
                 expected="the same names in every branch of a cond or switch.",
-                fix="sow a placeholder of the same shape in the other branch.",
+                fix="sow a placeholder of the same form in the other branches, or leave the name out with blocklist=.",
             )
         # The branch of a false predicate comes first in JAX; users read the other way round.
         for key in other:
@@ -312,25 +337,26 @@ def _survey_branches(branches: Sequence[dict[Key, Sown]]) -> dict[Key, Sown]:
                     fix="sow the name in every branch.",
                 )
         for key, sown in first.items():
-            if other[key].form != sown.form:
-                raise _refuse(
-                    f"Mismatched shape between branches: {show_key(key)!r}. ({sown.form} and {other[key].form}, sown at "
-                    f"{sources})",
-                    expected="one structure, shape and dtype for a name in every branch.",
-                    fix="give the values of all branches one form.",
-                )
-            if other[key].mode != sown.mode:
-                raise _refuse(
-                    f"Mismatched mode between branches: {show_key(key)!r} ({sown.mode} and {other[key].mode})",
-                    expected="one mode for a name in every branch.",
-                    fix="sow with the same mode in every branch.",
-                )
+            _check_branches(key, sown, other[key])
+            when = None if sown.when is None else np.broadcast_shapes(sown.when, other[key].when or ())
+            first[key] = replace(sown, when=when, varies=sown.varies or other[key].varies)
     return first
 
 
-def show_key(key: Any) -> str:
-    """A key as users write it: "scope/name", or "5.mlp_out"."""
-    return "/".join(map(str, key)) if type(key) is tuple else str(key)
+def _check_branches(key: Key, one: Sown, other: Sown) -> None:
+    sources = f"(sown at {one.source} and {other.source})"
+    if other.form != one.form:
+        raise _refuse(
+            f"Mismatched shape between branches: {show_key(key)!r}. ({one.form} and {other.form}) {sources}",
+            expected="one structure, shape and dtype for a name in every branch.",
+            fix="give the values of all branches one form.",
+        )
+    if other.mode != one.mode:
+        raise _refuse(
+            f"Mismatched mode between branches: {show_key(key)!r} ({one.mode} and {other.mode}) {sources}",
+            expected="one mode for a name in every branch.",
+            fix="sow with the same mode in every branch.",
+        )
 
 
 def _refuse(what: str, *, expected: str, fix: str) -> InvalidInputError:
