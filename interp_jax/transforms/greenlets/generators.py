@@ -59,14 +59,14 @@ def _drive(
     """The native generator that stands for a body: what is done to it, it does to the body."""
     body = _Body(_run)
     body.gr_context = contextvars.copy_context()  # a fresh greenlet has an empty one
-    body.interp_jax_scope = Scope(name)
+    body.interp_jax_scope = scope = Scope(name)
     try:
         box = body.switch(fn, args, kwargs)
         while not body.dead:
             try:
                 reply = yield box.pop()
             except BaseException as error:
-                if body.dead:  # its thread has ended
+                if not scope.is_in_this_thread():  # the body's has ended, and the body with it
                     raise
                 thrown = error
             else:
@@ -78,7 +78,7 @@ def _drive(
             finally:
                 del thrown  # its traceback refers to this frame
     finally:
-        if not body.dead:  # interrupted on this side of the switch
+        if not body.dead and scope.is_in_this_thread():  # interrupted on this side of the switch
             with contextlib.suppress(GeneratorExit):
                 body.throw(GeneratorExit)
     if isinstance(box, GreenletExit):
@@ -195,6 +195,9 @@ class GreenletGenerator(Generator[Any, Any, Any]):
         home = self._home
         if home is None or self._driver not in home.live:
             return  # CPython ends the driver now
+        if not home.thread.is_alive():
+            home.remove(self._driver)
+            return
         home.orphans.add(self._driver)
         del self._driver
         if home is current_scope():  # elsewhere, and where it is not on top, it has to wait for its turn

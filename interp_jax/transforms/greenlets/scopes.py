@@ -39,6 +39,9 @@ class Scope:
         self.orphans: set[GeneratorType[Any, Any, Any]] = set()  # those that nobody can resume any more
         self.contexts: list[local_context] = []  # outermost first
 
+    def is_in_this_thread(self) -> bool:
+        return self.thread is threading.current_thread()
+
     def settle(self) -> None:
         """Takes what has ended off the stack, and ends the orphans on top of it.
 

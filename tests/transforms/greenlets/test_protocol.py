@@ -211,8 +211,8 @@ BODIES = {
     """,
 }
 
-# From CPython 3.12 on, a StopIteration thrown at the `yield from` of an iterator without `throw` ends the generator. PEP
-# 380 says that it is raised there, as CPython 3.11 does: a test of its own below.
+# From CPython 3.12 on, a StopIteration thrown at the `yield from` of an iterator without `throw` ends the generator.
+# PEP 380 says that it is raised there, as CPython 3.11 does: a test of its own below.
 TO_PLAIN_ITERATORS = ("delegates_to_list", "delegates_to_bare", "delegates_and_catches")
 
 CALLS: dict[str, Callable[[Any], Any]] = {

@@ -10,6 +10,7 @@ import functools
 import re
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -349,7 +350,10 @@ def test_the_end_of_a_thread_drops_what_is_suspended() -> None:
     assert "Fix: start a new one; that thread has ended, and the suspended call with it." in message(error)
     with pytest.raises(InterleavingError):
         holder[0].close()
+    ended = weakref.ref(holder[0]._driver)
+    del error  # its traceback refers to the generator
     holder.clear()
+    assert ended() is None
     assert log == []  # greenlet's own rule: the stack is gone
     assert list(generator(counting, 2)) == [0, 1]
 
