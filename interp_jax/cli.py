@@ -205,7 +205,8 @@ def patch_sets() -> list[Any]:
     modules = [
         importlib.import_module(f"{patches.__name__}.{found.name}") for found in pkgutil.iter_modules(patches.__path__)
     ]
-    return [module.PATCH_SET for module in modules if hasattr(module, "PATCH_SET")]
+    names = ("PATCH_SET", "STACKED_PATCH_SET")
+    return [getattr(module, name) for module in modules for name in names if hasattr(module, name)]
 
 
 def _loaded(name: str) -> LanguageModel:

@@ -15,6 +15,7 @@ Source: transformers.models.gpt2.modeling_flax_gpt2.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ import jax
 
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.upstream import ModelConfig, Upstream
-from interp_jax.patches import flax_attention, transformers_flax
+from interp_jax.patches import flax_attention, transformers_flax, transformers_stacked
 from interp_jax.transforms.patcher import Patcher, PatchSet
 
 if TYPE_CHECKING:
@@ -68,19 +69,6 @@ TAGS = Patcher(
             ('self.wte(input_ids.astype("i4"))', 'sow(self.wte(input_ids.astype("i4")), name="embed")'),
             ('self.wpe(position_ids.astype("i4"))', 'sow(self.wpe(position_ids.astype("i4")), name="pos_embed")'),
             ("self.ln_f(hidden_states)", 'sow(self.ln_f(hidden_states), name="ln_final")'),
-        ],
-        "FlaxGPT2BlockCollection.__call__": [
-            (
-                """
-                for block in self.blocks:
-                    $$body
-                """,
-                """
-                for layer_index, block in enumerate(self.blocks):
-                    with layer_scope(layer_index):
-                        $$body
-                """,
-            ),
         ],
         "FlaxGPT2Block.__call__": [
             (
@@ -131,6 +119,14 @@ TAGS = Patcher(
     },
 )
 
+# One of these two goes with TAGS.
+LAYER_LOOP = Patcher(MODULE, {"FlaxGPT2BlockCollection.__call__": [transformers_stacked.LAYER_LOOP]})
+LAYER_SCAN = Patcher(
+    MODULE,
+    {"FlaxGPT2BlockCollection.__call__": [transformers_stacked.LAYER_SCAN]},
+    names={"scan_blocks": transformers_stacked.scan_blocks},
+)
+
 MENDS = Patcher(
     MODULE,
     {
@@ -152,19 +148,23 @@ DIGESTS = {
 
 PATCH_SET = PatchSet(
     "transformers_gpt2",
-    tags=(TAGS, flax_attention.TAGS),
+    tags=(TAGS, LAYER_LOOP, flax_attention.TAGS),
     mends=(MENDS,),
     versions={"transformers": ">=4.45,<5", "flax": ">=0.12"},
     upstream={**{f"{MODULE}:{member}": digest for member, digest in DIGESTS.items()}, **flax_attention.DIGESTS},
 )
+STACKED_PATCH_SET = dataclasses.replace(
+    PATCH_SET, name="transformers_gpt2 (stacked)", tags=(TAGS, flax_attention.TAGS), mends=(MENDS, LAYER_SCAN)
+)
 
 
-def from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = "float32") -> LanguageModel:
+def from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = "float32", stacked: bool = False) -> LanguageModel:
     """A `LanguageModel` from the files of a GPT-2.
 
     Args:
         checkpoint: Configuration, weights and tokenizer in the Hugging Face convention.
         dtype: Of parameters and computation: float32, bfloat16 or float16.
+        stacked: Whether to hold the layers as one subtree and run them as a scan.
 
     Returns:
         The model.
@@ -187,11 +187,11 @@ def from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = "float32") -> Langua
         divides=[("n_head", "n_embd")],
     )
     settings = {key: checkpoint.config[key] for key in HANDLED_KEYS if checkpoint.config.get(key) is not None}
-    upstream, config = _build(json.dumps(settings, sort_keys=True), transformers_flax.dtype_name(dtype))
+    upstream, config = _build(json.dumps(settings, sort_keys=True), transformers_flax.dtype_name(dtype), stacked)
     # Old files hold each layer's mask as a tensor.
     ignorable = ("*.attn.bias", "*.attn.masked_bias", *(("lm_head.weight",) if config.is_tied else ()))
     with checkpoint.intake(ignorable=ignorable, optional_prefix="transformer.") as intake:
-        params = _params(intake, config)
+        params = _params(intake, config, _layers(config, stacked))
     return LanguageModel(
         config=config,
         params=params,
@@ -203,7 +203,7 @@ def from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = "float32") -> Langua
 
 # One Upstream per configuration, so that a model loaded twice compiles once.
 @functools.lru_cache(maxsize=16)
-def _build(settings: str, dtype: str) -> tuple[Upstream, ModelConfig]:
+def _build(settings: str, dtype: str, stacked: bool) -> tuple[Upstream, ModelConfig]:
     from transformers.models.gpt2.configuration_gpt2 import GPT2Config
     from transformers.models.gpt2.modeling_flax_gpt2 import FlaxGPT2LMHeadModule
 
@@ -228,11 +228,14 @@ def _build(settings: str, dtype: str) -> tuple[Upstream, ModelConfig]:
         dtype=dtype,
     )
 
+    layers = _layers(config, stacked)
+    patch_set = STACKED_PATCH_SET if stacked else PATCH_SET
+
     def empty_cache(batch: int, length: int) -> Any:
         def layer() -> Any:
-            return transformers_flax.empty_layer_cache(batch, length, config.n_heads, config.d_head, dtype)
+            return {"attn": transformers_flax.empty_layer_cache(batch, length, config.n_heads, config.d_head, dtype)}
 
-        return {"transformer": {"h": {str(i): {"attn": layer()} for i in range(config.n_layers)}}}
+        return layers.cache(layer)
 
     def unembed(bound: Any, normalised: Any) -> Any:
         if not config.is_tied:
@@ -243,36 +246,41 @@ def _build(settings: str, dtype: str) -> tuple[Upstream, ModelConfig]:
     functions = transformers_flax.pure_functions(
         module,
         name="gpt2",
-        tags=PATCH_SET.tags,
-        mends=PATCH_SET.mends,
+        tags=patch_set.tags,
+        mends=patch_set.mends,
         ln_final=lambda bound, residual: bound.transformer.ln_f(residual),
         unembed=unembed,
         empty_cache=empty_cache,
     )
     upstream = Upstream(
         name="transformers_gpt2",
-        patch_set=PATCH_SET,
+        patch_set=patch_set,
         weights=_weights(config),
         layer_weights=_layer_weights(config),
-        layer_params=lambda params, layer: params["transformer"]["h"][str(layer)],
+        layer_params=layers.params,
+        stacked_layers=layers.groups if stacked else None,
+        restacked=lambda: _build(settings, dtype, not stacked)[0],
+        restack=_layers(config, not stacked).restack,
         **functions,
     )
     return upstream, config
 
 
-def _params(intake: Intake, config: ModelConfig) -> dict[str, Any]:
+def _layers(config: ModelConfig, stacked: bool) -> transformers_stacked.Layers:
+    return transformers_stacked.Layers(("transformer", "h"), config.n_layers, stacked)
+
+
+def _params(intake: Intake, config: ModelConfig, layers: transformers_stacked.Layers) -> dict[str, Any]:
     """Upstream's parameters, from tensors in the layout of torch's `Conv1D`, `[in, out]`, which Flax turns round."""
     d_model, d_mlp = config.d_model, config.d_mlp
-
-    def array(name: str, *shape: int) -> jax.Array:
-        return jax.numpy.asarray(intake.take(name, shape), config.dtype)
+    read = transformers_stacked.Reader(intake, config.dtype, layers)
 
     def norm(name: str) -> dict[str, jax.Array]:
-        return {"scale": array(f"{name}.weight", d_model), "bias": array(f"{name}.bias", d_model)}
+        return {"scale": read.array(f"{name}.weight", d_model), "bias": read.array(f"{name}.bias", d_model)}
 
     def conv(name: str, d_in: int, d_out: int) -> dict[str, jax.Array]:
-        kernel = jax.numpy.asarray(intake.take(f"{name}.weight", (d_in, d_out)).T, config.dtype)
-        return {"kernel": kernel, "bias": array(f"{name}.bias", d_out)}
+        kernel = read.array(f"{name}.weight", d_in, d_out, turned=True)
+        return {"kernel": kernel, "bias": read.array(f"{name}.bias", d_out)}
 
     def layer(at: str) -> dict[str, Any]:
         return {
@@ -290,15 +298,14 @@ def _params(intake: Intake, config: ModelConfig) -> dict[str, Any]:
 
     params: dict[str, Any] = {
         "transformer": {
-            "wte": {"embedding": array("transformer.wte.weight", config.d_vocab, d_model)},
-            "wpe": {"embedding": array("transformer.wpe.weight", config.n_ctx, d_model)},
-            "h": {str(i): layer(f"transformer.h.{i}") for i in range(config.n_layers)},
+            "wte": {"embedding": read.array("transformer.wte.weight", config.d_vocab, d_model)},
+            "wpe": {"embedding": read.array("transformer.wpe.weight", config.n_ctx, d_model)},
+            "h": read.layers(layer, "transformer.h.{}"),
             "ln_f": norm("transformer.ln_f"),
         }
     }
     if not config.is_tied:
-        kernel = intake.take("lm_head.weight", (config.d_vocab, d_model)).T
-        params["lm_head"] = {"kernel": jax.numpy.asarray(kernel, config.dtype)}
+        params["lm_head"] = {"kernel": read.array("lm_head.weight", config.d_vocab, d_model, turned=True)}
     return params
 
 

@@ -20,6 +20,7 @@ Source: transformers.models.llama.modeling_flax_llama; transformers' torch Llama
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ import numpy as np
 
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.upstream import ModelConfig, Upstream
-from interp_jax.patches import flax_attention, transformers_flax
+from interp_jax.patches import flax_attention, transformers_flax, transformers_stacked
 from interp_jax.transforms.patcher import Patcher, PatchSet
 
 if TYPE_CHECKING:
@@ -98,19 +99,6 @@ TAGS = Patcher(
             ),
             ("self.norm(hidden_states)", 'sow(self.norm(hidden_states), name="ln_final")'),
         ],
-        "FlaxLlamaLayerCollection.__call__": [
-            (
-                """
-                for block in self.blocks:
-                    $$body
-                """,
-                """
-                for layer_index, block in enumerate(self.blocks):
-                    with layer_scope(layer_index):
-                        $$body
-                """,
-            ),
-        ],
         "FlaxLlamaDecoderLayer.__call__": [
             (
                 """
@@ -174,6 +162,14 @@ TAGS = Patcher(
     },
 )
 
+# One of these two goes with TAGS.
+LAYER_LOOP = Patcher(MODULE, {"FlaxLlamaLayerCollection.__call__": [transformers_stacked.LAYER_LOOP]})
+LAYER_SCAN = Patcher(
+    MODULE,
+    {"FlaxLlamaLayerCollection.__call__": [transformers_stacked.LAYER_SCAN]},
+    names={"scan_blocks": transformers_stacked.scan_blocks},
+)
+
 MENDS = Patcher(
     MODULE,
     {
@@ -227,19 +223,23 @@ DIGESTS = {
 
 PATCH_SET = PatchSet(
     "transformers_llama",
-    tags=(TAGS, flax_attention.TAGS),
+    tags=(TAGS, LAYER_LOOP, flax_attention.TAGS),
     mends=(MENDS,),
     versions={"transformers": ">=4.45,<5", "flax": ">=0.12"},
     upstream={**{f"{MODULE}:{member}": digest for member, digest in DIGESTS.items()}, **flax_attention.DIGESTS},
 )
+STACKED_PATCH_SET = dataclasses.replace(
+    PATCH_SET, name="transformers_llama (stacked)", tags=(TAGS, flax_attention.TAGS), mends=(MENDS, LAYER_SCAN)
+)
 
 
-def from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = "float32") -> LanguageModel:
+def from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = "float32", stacked: bool = False) -> LanguageModel:
     """A `LanguageModel` from the files of a Llama.
 
     Args:
         checkpoint: Configuration, weights and tokenizer in the Hugging Face convention.
         dtype: Of parameters and computation: float32, bfloat16 or float16.
+        stacked: Whether to hold the layers as one subtree and run them as a scan.
 
     Returns:
         The model.
@@ -262,11 +262,11 @@ def from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = "float32") -> Langua
         },
         divides=[("num_attention_heads", "hidden_size"), ("num_key_value_heads", "num_attention_heads")],
     )
-    upstream, config = _build(json.dumps(settings, sort_keys=True), transformers_flax.dtype_name(dtype))
+    upstream, config = _build(json.dumps(settings, sort_keys=True), transformers_flax.dtype_name(dtype), stacked)
     is_biased = bool(settings.get("attention_bias"))
     ignorable = ("*.rotary_emb.inv_freq", *(("lm_head.weight",) if config.is_tied else ()))
     with checkpoint.intake(ignorable=ignorable, optional_prefix="model.") as intake:
-        params = _params(intake, config, is_biased=is_biased)
+        params = _params(intake, config, is_biased=is_biased, layers=_layers(config, stacked))
     return LanguageModel(
         config=config,
         params=params,
@@ -278,7 +278,7 @@ def from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = "float32") -> Langua
 
 # One Upstream per configuration, so that a model loaded twice compiles once.
 @functools.lru_cache(maxsize=16)
-def _build(settings: str, dtype: str) -> tuple[Upstream, ModelConfig]:
+def _build(settings: str, dtype: str, stacked: bool) -> tuple[Upstream, ModelConfig]:
     from transformers.models.llama.configuration_llama import LlamaConfig
     from transformers.models.llama.modeling_flax_llama import FlaxLlamaForCausalLMModule
 
@@ -303,11 +303,15 @@ def _build(settings: str, dtype: str) -> tuple[Upstream, ModelConfig]:
         dtype=dtype,
     )
 
+    layers = _layers(config, stacked)
+    patch_set = STACKED_PATCH_SET if stacked else PATCH_SET
+
     def empty_cache(batch: int, length: int) -> Any:
         def layer() -> Any:
-            return transformers_flax.empty_layer_cache(batch, length, config.n_kv_heads, config.d_head, dtype)
+            empty = transformers_flax.empty_layer_cache(batch, length, config.n_kv_heads, config.d_head, dtype)
+            return {"self_attn": empty}
 
-        return {"model": {"layers": {str(i): {"self_attn": layer()} for i in range(config.n_layers)}}}
+        return layers.cache(layer)
 
     def unembed(bound: Any, normalised: Any) -> Any:
         return bound.model.embed_tokens.attend(normalised) if config.is_tied else bound.lm_head(normalised)
@@ -315,39 +319,46 @@ def _build(settings: str, dtype: str) -> tuple[Upstream, ModelConfig]:
     functions = transformers_flax.pure_functions(
         module,
         name="llama",
-        tags=PATCH_SET.tags,
-        mends=PATCH_SET.mends,
+        tags=patch_set.tags,
+        mends=patch_set.mends,
         ln_final=lambda bound, residual: bound.model.norm(residual),
         unembed=unembed,
         empty_cache=empty_cache,
     )
     upstream = Upstream(
         name="transformers_llama",
-        patch_set=PATCH_SET,
+        patch_set=patch_set,
         weights=_weights(config),
         layer_weights=_layer_weights(config, is_biased=hf.attention_bias),
-        layer_params=lambda params, layer: params["model"]["layers"][str(layer)],
+        layer_params=layers.params,
+        stacked_layers=layers.groups if stacked else None,
+        restacked=lambda: _build(settings, dtype, not stacked)[0],
+        restack=_layers(config, not stacked).restack,
         **functions,
     )
     return upstream, config
 
 
-def _params(intake: Intake, config: ModelConfig, *, is_biased: bool) -> dict[str, Any]:
+def _layers(config: ModelConfig, stacked: bool) -> transformers_stacked.Layers:
+    return transformers_stacked.Layers(("model", "layers"), config.n_layers, stacked)
+
+
+def _params(
+    intake: Intake, config: ModelConfig, *, is_biased: bool, layers: transformers_stacked.Layers
+) -> dict[str, Any]:
     """Upstream's parameters, from tensors in the layout of torch's `Linear`, `[out, in]`."""
     d_model, d_mlp = config.d_model, config.d_mlp
     d_q, d_kv = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
-
-    def array(name: str, *shape: int) -> jax.Array:
-        return jax.numpy.asarray(intake.take(name, shape), config.dtype)
+    read = transformers_stacked.Reader(intake, config.dtype, layers)
 
     def dense(name: str, d_out: int, d_in: int, *, bias: bool = False) -> dict[str, jax.Array]:
-        params = {"kernel": jax.numpy.asarray(intake.take(f"{name}.weight", (d_out, d_in)).T, config.dtype)}
-        return params | ({"bias": array(f"{name}.bias", d_out)} if bias else {})
+        params = {"kernel": read.array(f"{name}.weight", d_out, d_in, turned=True)}
+        return params | ({"bias": read.array(f"{name}.bias", d_out)} if bias else {})
 
     def layer(at: str) -> dict[str, Any]:
         return {
-            "input_layernorm": {"weight": array(f"{at}.input_layernorm.weight", d_model)},
-            "post_attention_layernorm": {"weight": array(f"{at}.post_attention_layernorm.weight", d_model)},
+            "input_layernorm": {"weight": read.array(f"{at}.input_layernorm.weight", d_model)},
+            "post_attention_layernorm": {"weight": read.array(f"{at}.post_attention_layernorm.weight", d_model)},
             "self_attn": {
                 "q_proj": dense(f"{at}.self_attn.q_proj", d_q, d_model, bias=is_biased),
                 "k_proj": dense(f"{at}.self_attn.k_proj", d_kv, d_model, bias=is_biased),
@@ -363,9 +374,9 @@ def _params(intake: Intake, config: ModelConfig, *, is_biased: bool) -> dict[str
 
     params: dict[str, Any] = {
         "model": {
-            "embed_tokens": {"embedding": array("model.embed_tokens.weight", config.d_vocab, d_model)},
-            "layers": {str(i): layer(f"model.layers.{i}") for i in range(config.n_layers)},
-            "norm": {"weight": array("model.norm.weight", d_model)},
+            "embed_tokens": {"embedding": read.array("model.embed_tokens.weight", config.d_vocab, d_model)},
+            "layers": read.layers(layer, "model.layers.{}"),
+            "norm": {"weight": read.array("model.norm.weight", d_model)},
         }
     }
     if not config.is_tied:

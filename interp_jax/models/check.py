@@ -243,7 +243,12 @@ class _Whereabouts:
         at = re.sub(r" [0-9a-f]{12}>", "", self._source.get(site, ""))
         if self._patch_set is None:
             return f"sow(..., name={site.name!r}) at {at}"
-        return f"the tag {site.name!r} in patches/{self._patch_set.name}.py, which runs at {at}"
+        return f"the tag {site.name!r} in patches/{_module_of(self._patch_set)}.py, which runs at {at}"
+
+
+def _module_of(patch_set: Any) -> str:
+    """The module a patch set lies in; that of stacked layers lies beside the other one, and says so in brackets."""
+    return patch_set.name.partition(" ")[0]
 
 
 def _read_all(fn: Callable[..., Any], args: tuple[Any, ...]) -> tuple[dict[Site, Any], Any]:
@@ -283,7 +288,9 @@ def _unheard(
     first = next((i for i, (a, b) in enumerate(lines) if a != b), len(lines))
     line = with_tags.splitlines()[first : first + 1] or ["(end)"]
     n_lines = [text.count("\n") for text in (with_tags, without)]
-    where = "" if patch_set is None else f"the tags in patches/{patch_set.name}.py: one of them computes something"
+    where = (
+        "" if patch_set is None else f"the tags in patches/{_module_of(patch_set)}.py: one of them computes something"
+    )
     detail = f"{n_lines[0]} lines instead of {n_lines[1]}; first difference in line {first + 1}: {line[0].strip():.80}"
     return Outcome(contract, False, detail, where)
 

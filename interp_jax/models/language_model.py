@@ -35,7 +35,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -309,6 +309,9 @@ class LanguageModel:
         if params_of is None or self.config is None:
             raise self._lacking("layer_params and config")
         n_layers = self.config.n_layers
+        if layer is None and self.upstream.stacked_layers is not None:
+            by_kind = [jax.vmap(of_layer)(group) for group in self.upstream.stacked_layers(self.params)]
+            return jnp.stack(by_kind, axis=1).reshape(n_layers, *by_kind[0].shape[1:])
         if layer is None:
             return jnp.stack([of_layer(params_of(self.params, i)) for i in range(n_layers)])
         if isinstance(layer, bool) or not 0 <= layer < n_layers:
@@ -321,6 +324,33 @@ class LanguageModel:
                 )
             )
         return of_layer(params_of(self.params, layer))
+
+    def stacked(self, *, donate: bool = False) -> LanguageModel:
+        """The same model with its layers held as one subtree and run as a scan: compiled as fast as one layer.
+
+        Args:
+            donate: Whether to delete this model's layers one array at a time as they are copied, so that there is
+                never a second copy of the model. This model can then no longer be used.
+
+        Returns:
+            The model; this one, if its layers are stacked already.
+
+        Raises:
+            UnsupportedModelError: Its family has no stacked form.
+            ShapeError: Its layers differ.
+        """
+        return self if self.upstream.is_stacked else self._restacked(donate=donate)
+
+    def unstacked(self, *, donate: bool = False) -> LanguageModel:
+        """The same model with a subtree for each layer, run one after the other: the inverse of `stacked`.
+
+        Args:
+            donate: As for `stacked`.
+
+        Returns:
+            The model; this one, if its layers are not stacked.
+        """
+        return self._restacked(donate=donate) if self.upstream.is_stacked else self
 
     def tokenize(self, text: str | Sequence[str], *, add_special_tokens: bool = True) -> np.ndarray:
         """Token ids of a text or of several, shorter ones padded on the left with `PAD`.
@@ -411,7 +441,7 @@ class LanguageModel:
             mlp = "gated " if config.is_gated else ""
             facts |= {
                 "family": config.family,
-                "layers": f"{config.n_layers}, d_model {config.d_model}",
+                "layers": f"{config.n_layers}{' stacked' * self.upstream.is_stacked}, d_model {config.d_model}",
                 "attention": f"{config.n_heads} heads{kv}, d_head {config.d_head}",
                 "MLP": f"{mlp}{config.activation}, d_mlp {config.d_mlp}",
                 "tokens": f"d_vocab {config.d_vocab:,}, n_ctx {config.n_ctx:,}",
@@ -431,6 +461,12 @@ class LanguageModel:
         if function is None:
             raise self._lacking(part)
         return _compiled_part(self.upstream, part)
+
+    def _restacked(self, *, donate: bool) -> LanguageModel:
+        if self.upstream.restacked is None or self.upstream.restack is None:
+            raise self._lacking("restacked form")
+        params = self.upstream.restack(self.params, donate=donate)
+        return replace(self, upstream=self.upstream.restacked(), params=params)
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

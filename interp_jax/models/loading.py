@@ -57,7 +57,7 @@ PUBLISHED: Mapping[str, WheelFile] = {
 }
 
 
-def load(name_or_path: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> LanguageModel:
+def load(name_or_path: str | os.PathLike[str], *, dtype: Any = jnp.float32, stacked: bool = False) -> LanguageModel:
     """Load a language model with its weights and tokenizer.
 
     Args:
@@ -65,6 +65,7 @@ def load(name_or_path: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> L
             Hugging Face directory (config.json and safetensors), or the name of a model in the local Hugging Face
             cache, such as "gpt2".
         dtype: The floating point type the weights are kept and computed in.
+        stacked: Whether to hold the layers as one subtree and run them as a scan; `lm.stacked()` does it afterwards.
 
     Returns:
         The model.
@@ -95,7 +96,7 @@ def load(name_or_path: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> L
             )
         )
     family = importlib.import_module(FAMILIES[checkpoint.family])
-    lm = family.from_checkpoint(checkpoint, dtype=dtype)
+    lm = family.from_checkpoint(checkpoint, dtype=dtype, stacked=stacked)
     return dataclasses.replace(lm, name=Path(name_or_path).name)
 
 

@@ -104,6 +104,10 @@ class Upstream:
         weights: Canonical name to `(params) -> array`, for weights outside the layers.
         layer_weights: Canonical name to `(layer's params) -> array`.
         layer_params: `(params, layer) -> layer's params`.
+        stacked_layers: `(params) -> stacked subtrees`, as many as there are kinds of layers that alternate. None when
+            the layers are not stacked.
+        restacked: The same model with its layers stacked, or no longer stacked if they are.
+        restack: `(params, donate=False) -> params` of `restacked`; with `donate`, the layers given are deleted.
     """
 
     name: str
@@ -117,6 +121,14 @@ class Upstream:
     weights: Mapping[str, Callable[[Any], jax.Array]] = field(default_factory=dict)
     layer_weights: Mapping[str, Callable[[Any], jax.Array]] = field(default_factory=dict)
     layer_params: Callable[[Any, int], Any] | None = None
+    stacked_layers: Callable[[Any], tuple[Any, ...]] | None = None
+    restacked: Callable[[], Upstream] | None = None
+    restack: Callable[..., Any] | None = None
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the layers are held as one subtree and run as a scan."""
+        return self.stacked_layers is not None
 
     @property
     def weight_names(self) -> tuple[str, ...]:
