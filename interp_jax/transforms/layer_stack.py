@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from interp_jax.core.errors import InvalidInputError, ShapeError, four_part
 from interp_jax.core.interventions import same_form
@@ -245,7 +246,7 @@ def _unstacked(leaf: Any, uses: Counter[int] | None) -> list[Any]:
 
 def _delete(leaves: Sequence[Any], copies: Any, uses: Counter[int] | None) -> None:
     """Delete arrays that nobody in the tree still needs, once their copies are there."""
-    if uses is None or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    if uses is None or any(isinstance(leaf, Tracer) for leaf in leaves):
         return
     jax.block_until_ready(copies)
     for leaf in leaves:
