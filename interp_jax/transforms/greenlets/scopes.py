@@ -40,6 +40,7 @@ class Scope:
         self.contexts: list[local_context] = []  # outermost first
 
     def is_in_this_thread(self) -> bool:
+        """Whether its greenlet belongs to the thread that asks."""
         return self.thread is threading.current_thread()
 
     def settle(self) -> None:
