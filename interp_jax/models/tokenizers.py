@@ -146,7 +146,9 @@ class Tokenizer:
         Raises:
             InvalidInputError: An id is not in the vocabulary.
         """
-        return [self.decode([token]) for token in tokens]
+        ids = list(tokens)
+        self._checked(ids)
+        return [self.backend.decode([int(token)], skip_special_tokens=False) if token >= 0 else "" for token in ids]
 
     def token_id(self, text: str) -> int:
         """The id of a text that is exactly one token, such as " Mary" (words carry their leading space).
@@ -177,7 +179,8 @@ class Tokenizer:
 
     def _checked(self, tokens: Iterable[int]) -> list[int]:
         ids = [int(token) for token in tokens]
-        wrong = [token for token in ids if token >= self.d_vocab]
+        d_vocab = self.d_vocab  # The backend counts its tokens anew each time, which takes milliseconds.
+        wrong = [token for token in ids if token >= d_vocab]
         if wrong:
             raise InvalidInputError(
                 four_part(
