@@ -5,10 +5,10 @@ loop. Stacked, the subtree `layers` is one layer's with a leading axis, and so i
 `LAYER_SCAN` turns the loop into a scan whose body is upstream's own block, unbound.
 
 >>> layers = Layers(("model", "layers"), n_layers=2, is_stacked=True)
->>> params = {"model": {"layers": {str(i): {"w": jnp.full(3, float(i))} for i in range(2)}}}
+>>> params = {"model": {"layers": {str(i): {"w": jnp.full(3, i)} for i in range(2)}}}
 >>> stacked = layers.restack(params)
 >>> stacked["model"]["layers"]["w"].shape, layers.params(stacked, 1)["w"]
-((2, 3), Array([1., 1., 1.], dtype=float32))
+((2, 3), Array([1, 1, 1], dtype=int32, weak_type=True))
 
 Sharp edges: the attentions and hidden states that upstream returns when asked to are not there; sites are. Dropout
 is not either: a scanned block draws no random numbers.
@@ -126,16 +126,16 @@ class Layers:
     is_stacked: bool
 
     def params(self, params: Any, layer: int) -> Any:
-        """The parameters of one layer."""
+        """The parameters of one `layer`, from `params` in this layout."""
         layers = self._at(params)
         return jax.tree.map(lambda leaf: leaf[layer], layers) if self.is_stacked else layers[str(layer)]
 
     def groups(self, params: Any) -> tuple[Any, ...]:
-        """The stacked subtrees, as many as there are kinds of layers that alternate."""
+        """The stacked subtrees in `params`, as many as there are kinds of layers that alternate."""
         return (self._at(params),)
 
     def restack(self, params: Any, *, donate: bool = False) -> Any:
-        """Parameters in this layout, from those in the other one; `donate` deletes the layers given."""
+        """Parameters in this layout, from `params` in the other one; `donate` deletes the layers given."""
         given = self._at(params)
         if self.is_stacked:
             layers = stack_layers([given[str(i)] for i in range(self.n_layers)], donate=donate)
