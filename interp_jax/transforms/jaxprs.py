@@ -29,12 +29,17 @@ from interp_jax.transforms.sowing import INHERITED, SITE_TAG, LoopLayer, layer_i
 
 def evaluate(eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
     """The results of an equation `eqn` on the given operands, under its own context and source line."""
+    with at_equation(eqn):
+        return bind(eqn, operands)
+
+
+def bind(eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+    """The results of an equation `eqn` on the given operands, in the present place."""
     primitive = eqn.primitive
     bound = primitive.get_bind_params(eqn.params)
     # Until JAX 0.9 or so the functions among the parameters came apart from the rest.
     subfuns, params = bound if isinstance(bound, tuple) else ((), bound)
-    with at_equation(eqn):
-        out = primitive.bind(*subfuns, *operands, **params)
+    out = primitive.bind(*subfuns, *operands, **params)
     return list(out) if primitive.multiple_results else [out]
 
 
@@ -102,6 +107,9 @@ CHECKPOINTS = frozenset({"checkpoint", "remat", "remat2"})
 
 _CALLEE_PARAMS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 _CALLS = frozenset({"jit", "pjit", "core_call", "closed_call", *CUSTOM_RULES, *CHECKPOINTS})
+
+OPENABLE = frozenset({"scan", "while", "cond", "shard_map", *_CALLS})
+"""Primitives whose jaxprs an interpreter can run itself."""
 
 
 def callee_of(eqn: JaxprEqn) -> ClosedJaxpr:

@@ -3,8 +3,9 @@
 A call stays the call it was. What is reaped inside leaves it as further results.
 
 >>> import jax
->>> from interp_jax.transforms.harvest.interpret import Planting
+>>> from interp_jax.transforms.harvest.interpret import interpret
 >>> from interp_jax.transforms.harvest.keys import Names
+>>> from interp_jax.transforms.harvest.planting import Planting
 >>> from interp_jax.transforms.sowing import sow
 >>> def read(x):
 ...     closed = jax.make_jaxpr(jax.jit(lambda x: sow(x * 2.0, tag="t", name="a") + 1.0))(1.0)
@@ -29,36 +30,36 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import eval_jaxpr
 from jax.extend.core import ClosedJaxpr, JaxprEqn
-from jax.interpreters import partial_eval
+from jax.interpreters import ad, partial_eval
 from jax.sharding import PartitionSpec, Sharding
 
-from interp_jax.transforms.harvest.interpret import Reaped, Result, State, interpret, is_being_differentiated
 from interp_jax.transforms.harvest.keys import Key, Place
+from interp_jax.transforms.harvest.state import Reaped, Result, Run, State
 from interp_jax.transforms.harvest.survey import concerns, is_recomputation, keys_in, survey
-from interp_jax.transforms.jaxprs import CHECKPOINTS, CUSTOM_RULES, callee_of, evaluate, with_callee
+from interp_jax.transforms.jaxprs import CHECKPOINTS, CUSTOM_RULES, bind, callee_of, evaluate, with_callee
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def harvest_call(eqn: JaxprEqn, operands: list[Any], state: State, place: Place) -> Result:
+def harvest_call(eqn: JaxprEqn, operands: list[Any], state: State, place: Place, run: Run) -> Result:
     """A call of one jaxpr under a harvest: still the same call."""
     name = eqn.primitive.name
     if name in CUSTOM_RULES:
-        return _custom_rule(eqn, operands, state, place)
+        return _custom_rule(eqn, operands, state, place, run)
     callee = callee_of(eqn)
     if name in ("jit", "pjit"):
-        return _jit(eqn, callee, operands, state, place)
+        return _jit(eqn, callee, operands, state, place, run)
     if name in CHECKPOINTS:
-        return _checkpoint(eqn, callee, operands, state, place)
-    return interpret(callee, operands, state, place)
+        return _checkpoint(eqn, callee, operands, state, place, run)
+    return run(callee, operands, state, place)
 
 
-def _through(wrap: Wrap, callee: ClosedJaxpr, operands: Sequence[Any], state: State, place: Place) -> Result:
+def _through(wrap: Wrap, callee: ClosedJaxpr, operands: Sequence[Any], state: State, place: Place, run: Run) -> Result:
     """Run a jaxpr under a harvest inside a call that `wrap` makes out of a function."""
     keys: list[Key] = []
 
     def inner(*args: Any) -> tuple[list[Any], list[Reaped]]:
-        outs, reaps = interpret(callee, args, state, place)
+        outs, reaps = run(callee, args, state, place)
         keys[:] = list(reaps)
         return outs, list(reaps.values())
 
@@ -66,13 +67,13 @@ def _through(wrap: Wrap, callee: ClosedJaxpr, operands: Sequence[Any], state: St
     return outs, dict(zip(keys, values, strict=True))
 
 
-def _jit(eqn: JaxprEqn, callee: ClosedJaxpr, operands: list[Any], state: State, place: Place) -> Result:
+def _jit(eqn: JaxprEqn, callee: ClosedJaxpr, operands: list[Any], state: State, place: Place, run: Run) -> Result:
     def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
         fn.__name__ = fn.__qualname__ = eqn.params["name"]
         return jax.jit(fn, inline=eqn.params["inline"])
 
     operands = _constrained(operands, eqn.params["in_shardings"])
-    outs, reaps = _through(wrap, callee, operands, state, place)
+    outs, reaps = _through(wrap, callee, operands, state, place, run)
     return _constrained(outs, eqn.params["out_shardings"]), reaps
 
 
@@ -82,15 +83,17 @@ def _constrained(values: Sequence[Any], shardings: Sequence[Any]) -> list[Any]:
     return [lax.with_sharding_constraint(v, s) if isinstance(s, Sharding) else v for v, s in pairs]
 
 
-def _checkpoint(eqn: JaxprEqn, callee: ClosedJaxpr, operands: list[Any], state: State, place: Place) -> Result:
+def _checkpoint(
+    eqn: JaxprEqn, callee: ClosedJaxpr, operands: list[Any], state: State, place: Place, run: Run
+) -> Result:
     def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
         return jax.checkpoint(fn, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])
 
     if not is_recomputation(eqn):
-        return _through(wrap, callee, operands, state, place)
+        return _through(wrap, callee, operands, state, place, run)
     # A recomputation must say that it is one, or the compiler merges it with what it repeats. Only equations say so.
     silent = state.reading_nothing()
-    closed = jax.make_jaxpr(lambda *args: _through(wrap, callee, args, silent, place)[0])(*operands)
+    closed = jax.make_jaxpr(lambda *args: _through(wrap, callee, args, silent, place, run)[0])(*operands)
 
     def replay(inner: JaxprEqn, values: list[Any]) -> list[Any]:
         if inner.primitive is eqn.primitive:
@@ -113,18 +116,18 @@ def _run(closed: ClosedJaxpr, args: Sequence[Any], rule: Callable[[JaxprEqn, lis
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def harvest_shard_map(eqn: JaxprEqn, operands: list[Any], state: State, place: Place) -> Result:
+def harvest_shard_map(eqn: JaxprEqn, operands: list[Any], state: State, place: Place, run: Run) -> Result:
     """A shard_map under a harvest: values that all devices share can leave it; the survey has refused others."""
     params = eqn.params
     inner = params["jaxpr"]
     keys = [key for key in survey(inner, state.policy, place) if not state.is_planted(key)]
 
-    def run(*args: Any) -> tuple[list[Any], list[Reaped]]:
-        outs, reaps = interpret(ClosedJaxpr(inner, ()), args, state, place)
+    def harvested(*args: Any) -> tuple[list[Any], list[Reaped]]:
+        outs, reaps = run(ClosedJaxpr(inner, ()), args, state, place)
         return outs, [reaps[key] for key in keys]
 
     mapped = jax.shard_map(
-        run,
+        harvested,
         mesh=params["mesh"],
         in_specs=tuple(params["in_specs"]),
         out_specs=(list(params["out_specs"]), PartitionSpec()),
@@ -136,29 +139,34 @@ def harvest_shard_map(eqn: JaxprEqn, operands: list[Any], state: State, place: P
     return outs, dict(zip(keys, values, strict=True))
 
 
-def _custom_rule(eqn: JaxprEqn, operands: list[Any], state: State, place: Place) -> Result:
+def _custom_rule(eqn: JaxprEqn, operands: list[Any], state: State, place: Place, run: Run) -> Result:
     callee = callee_of(eqn)
     if any(map(state.changes, keys_in(callee.jaxpr, state.policy, place))):
-        return interpret(callee, operands, state, place)
-    reaps = _read_beside(callee, operands, state, place)
+        return run(callee, operands, state, place)
+    reaps = _read_beside(callee, operands, state, place, run)
     if is_being_differentiated(eqn, operands):
-        harvested = _harvest_jvp_rule(eqn, operands, state, place)
+        harvested = _harvest_jvp_rule(eqn, operands, state, place, run)
         if harvested is not None:
             results, of_rule = harvested
             return results, {**of_rule, **reaps}
     if not state.resows:
         silent = state.reading_nothing()
-        without_sows = jax.make_jaxpr(lambda *args: interpret(callee, args, silent, place)[0])(*operands)
+        without_sows = jax.make_jaxpr(lambda *args: run(callee, args, silent, place)[0])(*operands)
         eqn = with_callee(eqn, without_sows)
-    return evaluate(eqn, operands), reaps
+    return bind(eqn, operands), reaps
 
 
-def _read_beside(callee: ClosedJaxpr, operands: list[Any], state: State, place: Place) -> dict[Key, Reaped]:
+def is_being_differentiated(eqn: JaxprEqn, operands: Sequence[Any]) -> bool:
+    """Whether `eqn` is a custom_jvp call that is about to run its rule on `operands`: the rule's sows are then sown."""
+    return eqn.primitive.name == "custom_jvp_call" and any(isinstance(o, ad.JVPTracer) for o in operands)
+
+
+def _read_beside(callee: ClosedJaxpr, operands: list[Any], state: State, place: Place, run: Run) -> dict[Key, Reaped]:
     """What a jaxpr sows, computed by as much of it as is needed, and without its effects."""
     keys: list[Key] = []
 
     def read(*args: Any) -> list[Reaped]:
-        reaps = interpret(callee, args, state.silenced(), place)[1]
+        reaps = run(callee, args, state.silenced(), place)[1]
         keys[:] = list(reaps)
         return list(reaps.values())
 
@@ -170,7 +178,7 @@ def _read_beside(callee: ClosedJaxpr, operands: list[Any], state: State, place: 
     return dict(zip(keys, jax.tree.unflatten(jax.tree.structure(forms), values), strict=True))
 
 
-def _harvest_jvp_rule(eqn: JaxprEqn, operands: list[Any], state: State, place: Place) -> Result | None:
+def _harvest_jvp_rule(eqn: JaxprEqn, operands: list[Any], state: State, place: Place, run: Run) -> Result | None:
     """Harvest the rule of a custom_jvp call that is about to run, or None if there is nothing in it to harvest."""
 
     def rule(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
@@ -189,7 +197,7 @@ def _harvest_jvp_rule(eqn: JaxprEqn, operands: list[Any], state: State, place: P
     @harvested.defjvp
     def _(primals: Any, tangents: Any) -> Any:
         (args, arrays), (args_dot, _) = primals, tangents
-        outs, reaps = interpret(closed, [*args, *args_dot], state.with_arrays(arrays), place)
+        outs, reaps = run(closed, [*args, *args_dot], state.with_arrays(arrays), place)
         keys[:] = list(reaps)
         values = [reaped.value for reaped in reaps.values()]
         n = len(eqn.outvars)

@@ -5,8 +5,9 @@ layers rides in as many carry slots as layers were asked for, written in their i
 carry-sowing): memory grows with what is asked, not with depth. All layers together are a stacked output.
 
 >>> import jax, jax.numpy as jnp
->>> from interp_jax.transforms.harvest.interpret import Planting, interpret
+>>> from interp_jax.transforms.harvest.interpret import interpret
 >>> from interp_jax.transforms.harvest.keys import Names, Place
+>>> from interp_jax.transforms.harvest.planting import Planting
 >>> from interp_jax.transforms.sowing import sow
 >>> def total(xs):
 ...     return lax.scan(lambda c, x: (sow(c + x, tag="t", name="sum", mode="append"), None), 0.0, xs)[0]
@@ -28,12 +29,12 @@ import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn
 
-from interp_jax.transforms.harvest.interpret import LoopIndex, Reaped, Result, State, choose, interpret, zeros_of
 from interp_jax.transforms.harvest.keys import Key, LoopSite, Place
+from interp_jax.transforms.harvest.state import LoopIndex, Reaped, Result, Run, State, choose, zeros_of
 from interp_jax.transforms.harvest.survey import Sown, survey, survey_branches, survey_scan, survey_while
 
 
-def harvest_scan(eqn: JaxprEqn, operands: list[Any], state: State, place: Place) -> Result:
+def harvest_scan(eqn: JaxprEqn, operands: list[Any], state: State, place: Place, run: Run) -> Result:
     """A scan under a harvest: still one scan."""
     params = eqn.params
     n_consts, n_carry, length = params["num_consts"], params["num_carry"], params["length"]
@@ -50,7 +51,7 @@ def harvest_scan(eqn: JaxprEqn, operands: list[Any], state: State, place: Place)
     def body(carry: Any, xs: Any) -> Any:
         (own_carry, kept, buffers), (x, i, rows) = carry, xs
         here = loop_state.in_iteration(LoopIndex(i, length), dict(zip(planted, rows, strict=True)))
-        outs, reaps = interpret(params["jaxpr"], [*consts, *own_carry, *x], here, place.in_loop())
+        outs, reaps = run(params["jaxpr"], [*consts, *own_carry, *x], here, place.in_loop())
         kept = [_keep(reaps[key], old) for key, old in zip(in_carry, kept, strict=True)]
         buffers = [slot.write(buffer, reaps[slot.key].value, i) for slot, buffer in zip(partial, buffers, strict=True)]
         stacked = [reaps[key].value for key in reaped if _is_stacked(key, in_carry, slots)]
@@ -134,7 +135,7 @@ class _Slots:
         }
 
 
-def harvest_while(eqn: JaxprEqn, operands: list[Any], state: State, place: Place) -> Result:
+def harvest_while(eqn: JaxprEqn, operands: list[Any], state: State, place: Place, run: Run) -> Result:
     """A while loop under a harvest: what is reaped rides in the carry.
 
     Under vmap the predicate may differ between examples. Such a loop runs until the last example is done, and what is
@@ -150,7 +151,7 @@ def harvest_while(eqn: JaxprEqn, operands: list[Any], state: State, place: Place
 
     def goes_on(own_carry: Any, index: Any) -> Any:
         here = loop_state.in_iteration(LoopIndex(index, None), {})
-        return interpret(params["cond_jaxpr"], [*condition_consts, *own_carry], here, place.in_loop())[0][0]
+        return run(params["cond_jaxpr"], [*condition_consts, *own_carry], here, place.in_loop())[0][0]
 
     def condition(carry: Any) -> Any:
         is_live = goes_on(carry[0], carry[2])
@@ -159,7 +160,7 @@ def harvest_while(eqn: JaxprEqn, operands: list[Any], state: State, place: Place
     def body(carry: Any) -> Any:
         own_carry, kept, index = carry
         here = loop_state.in_iteration(LoopIndex(index, None), {})
-        outs, reaps = interpret(params["body_jaxpr"], [*body_consts, *own_carry], here, place.in_loop())
+        outs, reaps = run(params["body_jaxpr"], [*body_consts, *own_carry], here, place.in_loop())
         new = [_keep(reaps[key], old) for key, old in zip(reaped, kept, strict=True)]
         if is_per_example:
             is_live = goes_on(own_carry, index)
@@ -174,17 +175,17 @@ def harvest_while(eqn: JaxprEqn, operands: list[Any], state: State, place: Place
     return outs, dict(zip(reaped, kept, strict=True))
 
 
-def harvest_cond(eqn: JaxprEqn, operands: list[Any], state: State, place: Place) -> Result:
+def harvest_cond(eqn: JaxprEqn, operands: list[Any], state: State, place: Place, run: Run) -> Result:
     """A cond or switch under a harvest: every branch returns what it reaped."""
     keys = survey_branches([survey(branch.jaxpr, state.policy, place) for branch in eqn.params["branches"]])
     reaped = {key: sown for key, sown in keys.items() if not state.is_planted(key)}
 
     def branch(closed: Any) -> Any:
-        def run(*args: Any) -> tuple[list[Any], list[Reaped]]:
-            outs, reaps = interpret(closed, args, state, place)
+        def harvested(*args: Any) -> tuple[list[Any], list[Reaped]]:
+            outs, reaps = run(closed, args, state, place)
             return outs, [_as_mode(reaps[key], sown) for key, sown in reaped.items()]
 
-        return run
+        return harvested
 
     branches: Sequence[Any] = [branch(closed) for closed in eqn.params["branches"]]
     outs, values = lax.switch(operands[0], branches, *operands[1:])

@@ -23,8 +23,9 @@ from typing import Any
 import jax
 
 from interp_jax.core.errors import UnknownNameError, four_part
-from interp_jax.transforms.harvest.interpret import Planting, check_fits, interpret
+from interp_jax.transforms.harvest.interpret import interpret
 from interp_jax.transforms.harvest.keys import Names, Place, nest_label, show_key
+from interp_jax.transforms.harvest.planting import Planting, check_fits
 from interp_jax.transforms.harvest.staging import staged
 from interp_jax.transforms.harvest.survey import Sown, survey
 from interp_jax.transforms.sowing import sow

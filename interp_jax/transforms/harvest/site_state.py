@@ -27,8 +27,8 @@ from interp_jax.core.activations import SiteRow
 from interp_jax.core.errors import UnknownNameError, four_part
 from interp_jax.core.interventions import Intervention, apply_intervention
 from interp_jax.core.sites import Selector, Site, select_sites
-from interp_jax.transforms.harvest.interpret import LoopIndex
 from interp_jax.transforms.harvest.keys import Key, LoopSite, Place
+from interp_jax.transforms.harvest.state import LoopIndex
 from interp_jax.transforms.harvest.survey import Sown
 from interp_jax.transforms.jaxprs import is_site
 from interp_jax.transforms.sowing import LoopLayer

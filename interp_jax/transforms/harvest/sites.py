@@ -36,10 +36,11 @@ from interp_jax.core.activations import Activations
 from interp_jax.core.errors import InvalidInputError, ShapeError, four_part
 from interp_jax.core.interventions import Intervention
 from interp_jax.core.sites import Selector, Site, select_sites
-from interp_jax.transforms.harvest.interpret import interpret, zeros_of
+from interp_jax.transforms.harvest.interpret import interpret
 from interp_jax.transforms.harvest.keys import Place
 from interp_jax.transforms.harvest.site_state import Edit, SitePolicy, Sites, resolve
 from interp_jax.transforms.harvest.staging import staged
+from interp_jax.transforms.harvest.state import zeros_of
 from interp_jax.transforms.harvest.survey import Sown, survey
 from interp_jax.transforms.sowing import layer_scope, sow
 from interp_jax.transforms.tracing import Trace, sites_of, trace_program
