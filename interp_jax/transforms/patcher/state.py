@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _JAX_CONTEXT = jax.make_user_context(default_value=None)
 _LONGEST_WAIT_S = 60.0
+_MOST_SWITCHES = 32
 
 
 class State:
@@ -140,7 +141,7 @@ class Active:
             if patcher not in before.entered:
                 switch = patcher.switches.get(before)
                 if switch is None or not patcher.is_current() or strangers(switch.forth):
-                    switch = patcher.switches[before] = self._prepare(patcher)
+                    switch = self._prepare(patcher)
                 write(switch.forth)
                 self.state = switch.after
             context = _JAX_CONTEXT(self.state.jax_key)
@@ -219,15 +220,18 @@ class Active:
                 return self.state.notes
             switch = patcher.switches.get(self.state)
             if switch is None or not patcher.is_current():
-                switch = patcher.switches[self.state] = self._prepare(patcher)
+                switch = self._prepare(patcher)
             return switch.after.notes
 
     def _prepare(self, patcher: Patcher) -> Switch:
-        """The switch that entering a patcher makes."""
+        """The switch that entering a patcher makes, kept for the next time."""
         if patcher not in self.state.installed:
             patcher.make_plan(self.state)
         after = self._make_state(self.state.installed, (*self.state.entered, patcher))
-        return _switch(self.state, after)
+        while len(patcher.switches) >= _MOST_SWITCHES:
+            del patcher.switches[next(iter(patcher.switches))]
+        switch = patcher.switches[self.state] = _switch(self.state, after)
+        return switch
 
     def _make_state(self, installed: tuple[Patcher, ...], entered: tuple[Patcher, ...]) -> State:
         now = self.state
