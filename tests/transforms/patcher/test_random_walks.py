@@ -38,12 +38,13 @@ _NUMBERS = itertools.count()
 
 def patches(i: int) -> list[tuple[str, str]]:
     constant = f"1{i}00.0"
-    return [
+    every: list[tuple[str, str]] = [
         (f"x + {constant}", f"x + {constant} + extra"),
         ("for $i in $range: $$body", "for $i in $range:\n    $$body\n    if True:\n        a += extra"),
         ("def inner(y): return $value", "def inner(y):\n    more = extra\n    return $value + more"),
         (f"$rest + {constant}", f"$rest + ({constant} + extra)"),
-    ][i : i + 1]
+    ]
+    return [every[i]]
 
 
 class Walk(RuleBasedStateMachine):
