@@ -41,7 +41,9 @@ class FunctionSlot:
     def __init__(self, function: types.FunctionType, name: str) -> None:
         self._function = weakref.ref(function)
         self.name = name
-        self.key: Hashable = ("function", id(function), name)
+        # Not the id, which another function may get once this one is gone. Hashed now, as later it may be.
+        hash(self._function)
+        self.key: Hashable = ("function", self._function, name)
 
     def function(self) -> types.FunctionType | None:
         """The function, if it still exists."""
@@ -120,7 +122,8 @@ class CacheSlot:
 
     def __init__(self, cache: Any) -> None:
         self._cache = weakref.ref(cache)
-        self.key: Hashable = ("cache", id(cache))
+        hash(self._cache)
+        self.key: Hashable = ("cache", self._cache)
 
     def read(self) -> Any:
         """Nothing to compare."""

@@ -21,20 +21,38 @@ import threading
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
 from interp_jax.core.errors import PatchError, four_part
 from interp_jax.transforms.patcher.compose import compose
+from interp_jax.transforms.patcher.plan import Plan
 from interp_jax.transforms.patcher.slots import Change, FunctionSlot, Slot, foreign_message, restore, strangers, write
-
-if TYPE_CHECKING:
-    from interp_jax.transforms.patcher.patcher import Patcher
 
 _JAX_CONTEXT = jax.make_user_context(default_value=None)
 _LONGEST_WAIT_S = 60.0
 _MOST_SWITCHES = 32
+
+
+class Patches(Protocol):
+    """What can be put in force: a patcher, as far as it is known here."""
+
+    plan: Plan | None
+    switches: dict[State, Switch]
+
+    @property
+    def key(self) -> PatchKey:
+        """What stands for the patches in the keys of JAX's caches."""
+        ...
+
+    def is_current(self) -> bool:
+        """Whether the plan is for the objects that the module holds now."""
+        ...
+
+    def make_plan(self, state: State) -> None:
+        """Matches the patches against upstream."""
+        ...
 
 
 class State:
@@ -49,8 +67,8 @@ class State:
 
     def __init__(
         self,
-        installed: tuple[Patcher, ...] = (),
-        entered: tuple[Patcher, ...] = (),
+        installed: tuple[Patches, ...] = (),
+        entered: tuple[Patches, ...] = (),
         changes: Sequence[Change] = (),
         notes: Sequence[str] = (),
     ) -> None:
@@ -112,7 +130,7 @@ class Switch(NamedTuple):
 
 @dataclass(eq=False)
 class _Entry:
-    patcher: Patcher
+    patcher: Patches
     switch: Switch | None
     context: Any
     is_left: bool = False
@@ -133,7 +151,7 @@ class Active:
         self._lock = threading.RLock()
         self._blocks = _Blocks()
 
-    def enter(self, patcher: Patcher) -> None:
+    def enter(self, patcher: Patches) -> None:
         """Opens a `with` block."""
         self._acquire(patcher)
         before, switch, entry = self.state, None, None
@@ -158,7 +176,7 @@ class Active:
             self._lock.release()
             raise
 
-    def exit(self, patcher: Patcher) -> None:
+    def exit(self, patcher: Patches) -> None:
         """Closes the innermost `with` block, which must be this patcher's."""
         entries = self._blocks.entries
         if not entries or entries[-1].patcher is not patcher:
@@ -187,14 +205,14 @@ class Active:
         finally:
             self._lock.release()
 
-    def install(self, patcher: Patcher) -> None:
+    def install(self, patcher: Patches) -> None:
         """Puts a patcher in force for good."""
         with self._locked(patcher):
             if patcher not in self.state.installed:
                 self._go(self._make_state((*self.state.installed, patcher), self.state.entered), is_removal=False)
                 jax.clear_caches()
 
-    def uninstall(self, patcher: Patcher) -> None:
+    def uninstall(self, patcher: Patches) -> None:
         """Takes an installed patcher out of force."""
         with self._locked(patcher):
             if patcher not in self.state.installed:
@@ -213,7 +231,7 @@ class Active:
             finally:
                 jax.clear_caches()
 
-    def notes(self, patcher: Patcher) -> Sequence[str]:
+    def notes(self, patcher: Patches) -> Sequence[str]:
         """What entering a patcher cannot do by exchanging code alone; entered it is not."""
         with self._locked(patcher):
             if patcher in self.state.entered or patcher in self.state.installed:
@@ -223,7 +241,7 @@ class Active:
                 switch = self._prepare(patcher)
             return switch.after.notes
 
-    def _prepare(self, patcher: Patcher) -> Switch:
+    def _prepare(self, patcher: Patches) -> Switch:
         """The switch that entering a patcher makes, kept for the next time."""
         if patcher not in self.state.installed:
             patcher.make_plan(self.state)
@@ -233,7 +251,7 @@ class Active:
         switch = patcher.switches[self.state] = _switch(self.state, after)
         return switch
 
-    def _make_state(self, installed: tuple[Patcher, ...], entered: tuple[Patcher, ...]) -> State:
+    def _make_state(self, installed: tuple[Patches, ...], entered: tuple[Patches, ...]) -> State:
         now = self.state
         patchers = set(installed) | set(entered)
         if not patchers:
@@ -260,7 +278,7 @@ class Active:
         write(switch.forth)
         self.state = after
 
-    def _acquire(self, patcher: Patcher) -> None:
+    def _acquire(self, patcher: Patches) -> None:
         if not self._lock.acquire(blocking=False) and not self._lock.acquire(timeout=_LONGEST_WAIT_S):
             raise PatchError(
                 four_part(
@@ -271,7 +289,7 @@ class Active:
                 )
             )
 
-    def _locked(self, patcher: Patcher) -> Any:
+    def _locked(self, patcher: Patches) -> Any:
         self._acquire(patcher)
         return _Release(self._lock)
 
@@ -299,7 +317,7 @@ def _switch(before: State, after: State) -> Switch:
     return Switch(before, after, forth, [change.reversed() for change in reversed(forth)])
 
 
-def _wrong_order(patcher: Patcher, entered: Sequence[Patcher]) -> str:
+def _wrong_order(patcher: Patches, entered: Sequence[Patches]) -> str:
     inner = ", ".join(str(item) for item in entered[::-1]) or "none in this thread"
     return four_part(
         f"{patcher} is left while it is not the innermost patcher",

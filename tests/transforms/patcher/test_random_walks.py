@@ -22,7 +22,7 @@ from interp_jax.transforms.patcher import Patcher, PatchError
 from interp_jax.transforms.patcher.state import ACTIVE, EMPTY
 
 N = 4
-SOURCE = """
+SOURCE: str = """
 def f(x):
     a = x + 1000.0
     for i in range(1):  # a comment
@@ -51,7 +51,8 @@ class Walk(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         name = f"<random walk {next(_NUMBERS)}>"
-        linecache.cache[name] = (len(SOURCE), None, SOURCE.splitlines(keepends=True), name)
+        lines: list[str] = SOURCE.splitlines(keepends=True)
+        linecache.cache[name] = (len(SOURCE), None, lines, name)
         self.module = types.ModuleType("walked")
         exec(compile(SOURCE, name, "exec"), vars(self.module))
         self.code = self.module.f.__code__
