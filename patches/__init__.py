@@ -3,8 +3,8 @@
 A family's module holds `PATCH_SET` (its tags and mends), `HANDLED_KEYS` and `IGNORABLE_KEYS` (of its configuration)
 and `from_checkpoint`. Modules without a `PATCH_SET` hold what several families share.
 
-Reading order: transformers_gpt2, transformers_llama, then what both use: flax_attention, transformers_flax and
-transformers_stacked.
+Reading order: transformers_gpt2, transformers_llama, transformers_mistral, then what they use: flax_attention,
+transformers_flax and transformers_stacked.
 
 Source: interp_jax.
 """

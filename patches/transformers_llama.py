@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -262,7 +263,34 @@ def from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = "float32", stacked: 
         },
         divides=[("num_attention_heads", "hidden_size"), ("num_key_value_heads", "num_attention_heads")],
     )
-    upstream, config = _build(json.dumps(settings, sort_keys=True), transformers_flax.dtype_name(dtype), stacked)
+    return read(checkpoint, _build, settings, dtype=dtype, stacked=stacked)
+
+
+def read(
+    checkpoint: Checkpoint,
+    build: Callable[[str, str, bool], tuple[Upstream, ModelConfig]],
+    settings: dict[str, Any],
+    *,
+    dtype: Any,
+    stacked: bool,
+) -> LanguageModel:
+    """The model of a checkpoint whose configuration has been checked; its weights are named as Llama's.
+
+    Args:
+        checkpoint: The model on disk.
+        build: `(settings as JSON, dtype, stacked) -> (upstream, config)`.
+        settings: The configuration keys upstream gets.
+        dtype: Of parameters and computation.
+        stacked: Whether the layers are stacked.
+
+    Returns:
+        The model.
+
+    Raises:
+        InvalidInputError: Upstream does not compute in this dtype.
+        LoadError: Weights that do not fit the configuration.
+    """
+    upstream, config = build(json.dumps(settings, sort_keys=True), transformers_flax.dtype_name(dtype), stacked)
     is_biased = bool(settings.get("attention_bias"))
     ignorable = ("*.rotary_emb.inv_freq", *(("lm_head.weight",) if config.is_tied else ()))
     with checkpoint.intake(ignorable=ignorable, optional_prefix="model.") as intake:
@@ -284,8 +312,35 @@ def _build(settings: str, dtype: str, stacked: bool) -> tuple[Upstream, ModelCon
 
     hf = LlamaConfig(**json.loads(settings))
     module = FlaxLlamaForCausalLMModule(hf, dtype=getattr(jax.numpy, dtype))
+    return upstream_of(
+        hf,
+        module,
+        name="llama",
+        patch_set=STACKED_PATCH_SET if stacked else PATCH_SET,
+        stacked=stacked,
+        restacked=lambda: _build(settings, dtype, not stacked)[0],
+    )
+
+
+def upstream_of(
+    hf: Any, module: Any, *, name: str, patch_set: PatchSet, stacked: bool, restacked: Callable[[], Upstream]
+) -> tuple[Upstream, ModelConfig]:
+    """What `LanguageModel` knows of a module built like Llama's.
+
+    Args:
+        hf: Its configuration in transformers.
+        module: A `...ForCausalLMModule` whose submodules have the names of Llama's.
+        name: The family.
+        patch_set: Its patch set for this layout of the layers.
+        stacked: Whether the layers are stacked.
+        restacked: The same in the other layout.
+
+    Returns:
+        Its functions and its shape.
+    """
+    dtype = jax.numpy.dtype(module.dtype).name
     config = ModelConfig(
-        family="llama",
+        family=name,
         n_layers=hf.num_hidden_layers,
         d_model=hf.hidden_size,
         n_heads=hf.num_attention_heads,
@@ -301,10 +356,9 @@ def _build(settings: str, dtype: str, stacked: bool) -> tuple[Upstream, ModelCon
         norm_eps=hf.rms_norm_eps,
         rope_theta=hf.rope_theta,
         dtype=dtype,
+        window=getattr(hf, "sliding_window", None),
     )
-
     layers = _layers(config, stacked)
-    patch_set = STACKED_PATCH_SET if stacked else PATCH_SET
 
     def empty_cache(batch: int, length: int) -> Any:
         def layer() -> Any:
@@ -318,7 +372,7 @@ def _build(settings: str, dtype: str, stacked: bool) -> tuple[Upstream, ModelCon
 
     functions = transformers_flax.pure_functions(
         module,
-        name="llama",
+        name=name,
         tags=patch_set.tags,
         mends=patch_set.mends,
         ln_final=lambda bound, residual: bound.model.norm(residual),
@@ -326,13 +380,13 @@ def _build(settings: str, dtype: str, stacked: bool) -> tuple[Upstream, ModelCon
         empty_cache=empty_cache,
     )
     upstream = Upstream(
-        name="transformers_llama",
+        name=f"transformers_{name}",
         patch_set=patch_set,
         weights=_weights(config),
-        layer_weights=_layer_weights(config, is_biased=hf.attention_bias),
+        layer_weights=_layer_weights(config, is_biased=getattr(hf, "attention_bias", False)),
         layer_params=layers.params,
         stacked_layers=layers.groups if stacked else None,
-        restacked=lambda: _build(settings, dtype, not stacked)[0],
+        restacked=restacked,
         restack=_layers(config, not stacked).restack,
         **functions,
     )

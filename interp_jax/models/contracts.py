@@ -173,16 +173,19 @@ def _scores(e: Evidence) -> Iterator[Finding]:
         site, q, k = Site(i, "attn_scores"), e(i, query), e(i, key)
         k = np.repeat(k, q.shape[2] // k.shape[2], axis=2)
         expected = np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1])
-        seen = np.broadcast_to(_visible(e.is_token), expected.shape)
+        seen = np.broadcast_to(_visible(e), expected.shape)
         actual = np.where(seen, e(*site), 0) if expected.shape == e(*site).shape else e(*site)
         scale = np.abs(q).max() * np.abs(k).max() * np.sqrt(q.shape[-1])
         yield _compare(site, actual, np.where(seen, expected, 0), e.product(Site(i, query)), scale)
 
 
-def _visible(is_token: np.ndarray) -> np.ndarray:
+def _visible(e: Evidence) -> np.ndarray:
     """Where a token may look, `[batch, 1, query, key]`; false at padded queries."""
-    n_pos = is_token.shape[1]
+    assert e.is_token is not None
+    is_token, n_pos = e.is_token, e.is_token.shape[1]
     causal = np.tril(np.ones((n_pos, n_pos), bool))
+    if e.config is not None and e.config.window is not None:
+        causal &= ~np.tril(causal, -e.config.window)
     return (causal & is_token[:, None, :] & is_token[:, :, None])[:, None]
 
 
@@ -200,7 +203,7 @@ def _mask(e: Evidence) -> Iterator[Finding]:
         if e.has(i, "pattern") and e.is_token is not None:
             site, pattern = Site(i, "pattern"), e(i, "pattern")
             queries = e.is_token[:, None, :, None]
-            hidden = queries & ~_visible(e.is_token)
+            hidden = queries & ~_visible(e)
             if pattern.ndim != 4 or pattern.shape[2:] != hidden.shape[2:]:
                 yield Finding(site, float("inf"), 0.0)
             else:

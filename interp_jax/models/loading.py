@@ -5,7 +5,7 @@ published under one of our own names, a model in the local Hugging Face cache. F
 patch set of its family makes the model. Nothing is fetched but our own named models, once.
 
 >>> sorted(FAMILIES), sorted(PUBLISHED)
-(['gpt2', 'llama'], ['smollm2-135m'])
+(['gpt2', 'llama', 'mistral'], ['smollm2-135m'])
 >>> load("smollm2-135")
 Traceback (most recent call last):
     ...
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 FAMILIES: Mapping[str, str] = {
     "gpt2": "interp_jax.patches.transformers_gpt2",
     "llama": "interp_jax.patches.transformers_llama",
+    "mistral": "interp_jax.patches.transformers_mistral",
 }
 
 # Models that are fetched by name.

@@ -50,6 +50,7 @@ class ModelConfig:
         norm_eps: What is added to the variance.
         rope_theta: The rotary base, None with learned positions.
         dtype: Name of the dtype of parameters and computation.
+        window: How many positions, its own included, a token can look at; None for all before it.
     """
 
     family: str
@@ -68,6 +69,7 @@ class ModelConfig:
     norm_eps: float
     rope_theta: float | None
     dtype: str
+    window: int | None = None
 
 
 @dataclass(frozen=True)

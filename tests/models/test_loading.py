@@ -142,7 +142,7 @@ def test_all_misfits_are_named_at_once(directory: Path):
 
 
 def test_a_layer_too_many_or_too_few(directory: Path):
-    key = {"gpt2": "n_layer", "llama": "num_hidden_layers"}[directory.name]
+    key = "n_layer" if directory.name == "gpt2" else "num_hidden_layers"
     change_config(directory, **{key: 2})
     words = refusal(directory)
     assert "left over (" in words

@@ -1,8 +1,9 @@
-"""Write a tiny random GPT-2 and a tiny random Llama as Hugging Face directories, with the logits PyTorch computes.
+"""Write a tiny random GPT-2, Llama and Mistral as Hugging Face directories, with the logits PyTorch computes.
 
 They are real directories, as `save_pretrained` writes them, for the tests of loading; every parameter is random, the
 biases and norms too, so that none can be mistaken for another or left out unnoticed. The Llama shares keys and values
-between heads, has a rotary base of 100000 and an unembedding of its own; the GPT-2 ties it.
+between heads, has a rotary base of 100000 and an unembedding of its own, the Mistral a sliding window as well; the
+GPT-2 ties it.
 
 Run once, in an environment that has torch; the tests read only the files it writes:
 
@@ -73,7 +74,7 @@ def record(name: str, config: Any, target: Path) -> None:
 
 
 def main(target: Path) -> None:
-    """Write both models."""
+    """Write the models."""
     import transformers
 
     end = N_VOCAB - 1
@@ -91,8 +92,21 @@ def main(target: Path) -> None:
         tie_word_embeddings=False,
         **common,
     )
+    mistral = transformers.MistralConfig(
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,
+        max_position_embeddings=N_CTX,
+        sliding_window=7,
+        rope_theta=100000.0,
+        **common,
+    )
     record("tiny_gpt2", gpt2, target)
     record("tiny_llama", llama, target)
+    record("tiny_mistral", mistral, target)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,169 @@
+"""Mistral under its patch set: PyTorch's numbers in its sliding window, stacked and unstacked, and what is refused.
+
+Source: interp_jax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from interp_jax.core.errors import LoadError, UnsupportedModelError
+from interp_jax.models.check import stable_hlo
+from interp_jax.models.loading import load, read_checkpoint
+from interp_jax.patches import transformers_mistral
+from tests.conftest import ORACLES
+from tests.patches.test_transformers_flax import calling
+
+TINY = ORACLES / "tiny_mistral"
+WINDOW = 7
+TOKENS = np.array([[5, 80, 3, 7, 200, 9, 31, 4, 66, 2], [-1, -1, 6, 0, 9, 1, 12, 13, 14, 15]], np.int32)
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[Any, Any]:
+    """The tiny model unstacked and stacked."""
+    return load(TINY), load(TINY, stacked=True)
+
+
+def altered(**changes: Any) -> Any:
+    """The tiny model's files with another configuration; `KeyError` stands for a key that is not there."""
+    checkpoint = read_checkpoint(TINY)
+    config = {key: value for key, value in {**checkpoint.config, **changes}.items() if value is not KeyError}
+    return dataclasses.replace(checkpoint, config=config)
+
+
+def vanilla(**changes: Any) -> Any:
+    from transformers import MistralConfig
+    from transformers.models.mistral.modeling_flax_mistral import FlaxMistralForCausalLMModule
+
+    config = json.loads((TINY / "config.json").read_text())
+    return FlaxMistralForCausalLMModule(MistralConfig(**config | changes))
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["unstacked", "stacked"])
+def test_logits_are_those_of_torch(models, which: int) -> None:
+    lm, recorded = models[which], np.load(ORACLES / "tiny_mistral_logits.npz")
+    assert recorded["tokens"].shape[1] > 6 * WINDOW
+    np.testing.assert_allclose(lm(recorded["tokens"]), recorded["logits"], atol=2e-4, rtol=1e-3)
+    assert lm.config.window == WINDOW
+    assert lm.config.rope_theta == 100000.0
+
+
+def test_stacked_and_unstacked_agree_at_every_site(models) -> None:
+    plain, stacked = models
+    expected, values = plain.reap(TOKENS, "*"), stacked.reap(TOKENS, "*")
+    assert set(values) == set(expected)
+    assert len(expected) == 3 + 3 * 18
+    for site, value in expected.items():
+        np.testing.assert_allclose(values[site], value, atol=1e-5 * max(1, float(np.abs(value).max())))
+
+
+def test_contracts_know_the_window(models) -> None:
+    plain, stacked = models
+    for lm in models:
+        report = lm.check(TOKENS)
+        assert report.ok, report
+    # Judged by another window, the same patterns fail.
+    for window in (WINDOW - 1, None):
+        upstream, config = plain.upstream, dataclasses.replace(plain.config, window=window)
+        report = dataclasses.replace(plain, upstream=upstream, config=config).check(TOKENS)
+        assert not report.ok
+    pattern = np.asarray(stacked.reap(TOKENS, "1.pattern")["1.pattern"])
+    assert (pattern[0, :, 9, :3] == 0).all()
+    assert (pattern[0, :, 9, 3:] > 0).all()
+
+
+def test_generation_leaves_the_window_with_and_without_cache(models) -> None:
+    texts = [
+        lm.generate(TOKENS, max_new_tokens=8, use_cache=use_cache).tokens
+        for lm in models
+        for use_cache in (True, False)
+    ]
+    for tokens in texts[1:]:
+        np.testing.assert_array_equal(tokens, texts[0])
+
+
+def test_upstream_sees_one_position_more_and_without_a_window_only_itself(models) -> None:
+    """What the mends are for."""
+    plain, _ = models
+    tokens = TOKENS[:1]
+
+    def pattern(module: Any, patchers: Any) -> np.ndarray:
+        def forward(params: Any, tokens: Any) -> Any:
+            return calling(module, patchers)(params, tokens)
+
+        from interp_jax.models.passes import read
+
+        return np.asarray(read(forward, (plain.params, tokens), "0.pattern").popitem()[1])[0, 0]
+
+    tags, mends = transformers_mistral.PATCH_SET.tags, transformers_mistral.PATCH_SET.mends
+    assert (pattern(vanilla(), tags)[9] > 0).sum() == WINDOW + 1
+    assert (pattern(vanilla(), (*mends, *tags))[9] > 0).sum() == WINDOW
+    np.testing.assert_array_equal(pattern(vanilla(sliding_window=None), tags), np.eye(10))
+    assert ((pattern(vanilla(sliding_window=None), (*mends, *tags)) > 0) == np.tril(np.ones((10, 10), bool))).all()
+
+
+def test_tags_alone_change_no_byte_of_the_program(models) -> None:
+    plain, _ = models
+    programs = [
+        stable_hlo(calling(vanilla(), patchers), plain.params, TOKENS)
+        for patchers in ((), transformers_mistral.PATCH_SET.tags)
+    ]
+    assert programs[0] == programs[1]
+    for lm in models:
+        assert stable_hlo(lm.forward, lm.params, TOKENS) == stable_hlo(lm.upstream.untagged, lm.params, TOKENS)
+
+
+def test_no_window_and_no_word_of_one_differ() -> None:
+    without = transformers_mistral.from_checkpoint(altered(sliding_window=None))
+    unsaid = transformers_mistral.from_checkpoint(altered(sliding_window=KeyError))
+    assert (without.config.window, unsaid.config.window) == (None, 4096)
+    np.testing.assert_array_equal(without(TOKENS), unsaid(TOKENS))  # Ten positions see no difference.
+    assert float(jnp.abs(without(TOKENS) - load(TINY)(TOKENS))[0].max()) > 1e-3
+    assert without.check(TOKENS).ok
+
+
+def test_causal_block_against_its_definition() -> None:
+    for start, n_queries, n_keys, window in ((0, 4, 4, None), (2, 3, 6, 2), (5, 1, 9, 3)):
+        expected = [
+            [k <= start + q and (window is None or start + q - k < window) for k in range(n_keys)]
+            for q in range(n_queries)
+        ]
+        block = jax.jit(transformers_mistral.causal_block, static_argnums=(1, 2, 3))(start, n_queries, n_keys, window)
+        np.testing.assert_array_equal(block[0, 0], expected)
+
+
+def test_patch_sets_fit_what_is_installed() -> None:
+    for patch_set in (transformers_mistral.PATCH_SET, transformers_mistral.STACKED_PATCH_SET):
+        report = patch_set.check()
+        assert not report.is_broken, report
+        assert set(patch_set.upstream) == set(patch_set.digests())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"head_dim": 8}, "head_dim to be 6"),
+        ({"num_key_value_heads": None}, "Configuration without num_key_value_heads"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling="),
+        ({"hidden_act": "relu6"}, "hidden_act='relu6'"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads to divide num_attention_heads"),
+    ],
+)
+def test_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UnsupportedModelError) as error:
+        transformers_mistral.from_checkpoint(altered(**changes))
+    assert words in str(error.value)
+    assert "Fix: " in str(error.value)
+
+
+def test_shapes_that_contradict_the_configuration() -> None:
+    with pytest.raises(LoadError, match=r"mlp\.down_proj\.weight has shape"):
+        transformers_mistral.from_checkpoint(altered(intermediate_size=41))
