@@ -214,7 +214,7 @@ def test_nothing_is_fine_when_asked_for() -> None:
     assert select_sites(["mlp_outs", "0.q"], SITES, empty_ok=True) == [Site(0, "q")]
 
 
-@pytest.mark.parametrize("selector", [1.5, True, object(), [None, 2.0]], ids=repr)
+@pytest.mark.parametrize("selector", [1.5, True, object(), [None, 2.0]], ids=["float", "bool", "object", "list"])
 def test_no_selector_at_all(selector: object) -> None:
     with pytest.raises(UnknownNameError) as error:
         select_sites(selector, SITES)  # type: ignore[arg-type]
