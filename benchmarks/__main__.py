@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-ALL = ("light", "unlistened", "loop")
+ALL = ("light", "unlistened", "loop", "stacked")
 
 
 def main(names: list[str]) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 
 import interp_jax as ij
 from interp_jax.models.weights.checkpoint import Checkpoint, Tensors
-from interp_jax.patches import transformers_gpt2
+from interp_jax.patches import transformers_gpt2, transformers_llama
 
 
 @functools.cache
@@ -58,3 +58,34 @@ def gpt2_small() -> ij.LanguageModel:
     add("transformer.ln_f.bias", 768)
     checkpoint = Checkpoint("gpt2", config, Tensors.from_arrays(tensors), tokenizer=None, source="random weights")
     return dataclasses.replace(transformers_gpt2.from_checkpoint(checkpoint), name="gpt2-small shape")
+
+
+@functools.cache
+def smollm2_width(n_layers: int) -> ij.LanguageModel:
+    """A Llama of SmolLM2-135M's width and vocabulary, of any depth, with random weights."""
+    d_model, d_mlp, d_kv, d_vocab = 576, 1536, 192, 49152
+    config = {
+        "model_type": "llama",
+        "vocab_size": d_vocab,
+        "hidden_size": d_model,
+        "intermediate_size": d_mlp,
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100000.0,
+        "tie_word_embeddings": True,
+    }
+    rng = np.random.default_rng(0)
+    shapes = {"model.embed_tokens.weight": (d_vocab, d_model), "model.norm.weight": (d_model,)}
+    for i in range(n_layers):
+        at = f"model.layers.{i}"
+        shapes |= {f"{at}.input_layernorm.weight": (d_model,), f"{at}.post_attention_layernorm.weight": (d_model,)}
+        for name, d_out in (("q", d_model), ("k", d_kv), ("v", d_kv), ("o", d_model)):
+            shapes[f"{at}.self_attn.{name}_proj.weight"] = (d_out, d_model)
+        for name, d_out, d_in in (("gate", d_mlp, d_model), ("up", d_mlp, d_model), ("down", d_model, d_mlp)):
+            shapes[f"{at}.mlp.{name}_proj.weight"] = (d_out, d_in)
+    tensors = {name: rng.standard_normal(shape, np.float32) * np.float32(0.02) for name, shape in shapes.items()}
+    checkpoint = Checkpoint("llama", config, Tensors.from_arrays(tensors), tokenizer=None, source="random weights")
+    return dataclasses.replace(transformers_llama.from_checkpoint(checkpoint), name=f"smollm2 width, {n_layers} layers")
