@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, no_effects
 
 from interp_jax.core.errors import InvalidInputError, UnsupportedModelError, four_part
 from interp_jax.core.sites import Site
-from interp_jax.transforms.sowing import INHERITED, SITE_TAG, LoopLayer, layer_in, sow_p
+from interp_jax.transforms.sowing import INHERITED, SITE_TAG, LoopLayer, kept, layer_in, sow_p
 
 
 def evaluate(eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
@@ -97,6 +97,47 @@ def _make_outline(jaxpr: Jaxpr) -> Outline:
         frees.append(tuple(dict.fromkeys(var for var in mentioned if var not in seen)))
         seen.update(mentioned)
     return Outline(frozenset(busy), tuple(reversed(frees)), frozenset(unread))
+
+
+_WITHOUT_EFFECTS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+def without_effects_of_sows(closed: ClosedJaxpr) -> ClosedJaxpr:
+    """The program `closed`, traced to be harvested, with sows that have no effects; for the same one the same."""
+    if not outline_of(closed.jaxpr).busy:
+        return closed
+    if closed not in _WITHOUT_EFFECTS:
+        _WITHOUT_EFFECTS[closed] = closed.replace(jaxpr=_without_effects(closed.jaxpr))
+    return _WITHOUT_EFFECTS[closed]
+
+
+def _without_effects(jaxpr: Jaxpr) -> Jaxpr:
+    busy = outline_of(jaxpr).busy
+    if not busy:
+        return jaxpr
+    if jaxpr not in _WITHOUT_EFFECTS:
+        eqns = [_equation_without_effects(eqn) if i in busy else eqn for i, eqn in enumerate(jaxpr.eqns)]
+        effects = {effect for eqn in eqns for effect in eqn.effects}
+        _WITHOUT_EFFECTS[jaxpr] = jaxpr.replace(eqns=eqns, effects=jaxpr.effects - (kept() - effects))
+    return _WITHOUT_EFFECTS[jaxpr]
+
+
+def _equation_without_effects(eqn: JaxprEqn) -> JaxprEqn:
+    if eqn.primitive is sow_p:
+        return eqn.replace(effects=no_effects)
+
+    def inside(param: Any) -> Any:
+        if isinstance(param, (tuple, list)) and any(isinstance(item, (ClosedJaxpr, Jaxpr)) for item in param):
+            items = list(map(inside, param))
+            return type(param)(*items) if hasattr(param, "_fields") else type(param)(items)
+        if isinstance(param, ClosedJaxpr):
+            return without_effects_of_sows(param)
+        return _without_effects(param) if isinstance(param, Jaxpr) else param
+
+    params = {name: inside(param) for name, param in eqn.params.items()}
+    plain = eqn.replace(params=params)
+    effects = {effect for _, jaxpr in inner_jaxprs(plain) for effect in jaxpr.effects}
+    return plain.replace(effects=eqn.effects - (kept() - effects))
 
 
 CUSTOM_RULES = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})

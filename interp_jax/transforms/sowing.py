@@ -36,8 +36,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend import source_info_util
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir, partial_eval
+from jax.extend.core import Primitive, no_effects
+from jax.interpreters import ad, batching, mlir
 
 from interp_jax.core.errors import InvalidInputError, four_part
 
@@ -320,16 +320,23 @@ def _batch(operands: Sequence[Any], axes: Sequence[int | None], **params: Any) -
     return sow_p.bind(*operands, **params), list(own_axes)
 
 
-def _keep_in_dce(used: Sequence[bool], eqn: Any) -> tuple[list[bool], Any]:
-    """While a harvest traces, a sow stays although nobody reads its result; else it is as dead as any identity."""
-    if HARVESTING.get() or any(used):
-        return [True] * len(eqn.invars), eqn
-    return [False] * len(eqn.invars), None
+def _abstract(*operands: Any, **params: Any) -> tuple[list[Any], Any]:
+    return _identity(*operands, **params), kept() if HARVESTING.get() else no_effects
+
+
+@functools.cache
+def kept() -> Any:
+    """The effects of `jax.debug.callback`, which every transformation of JAX keeps though nobody reads its result."""
+    return jax.make_jaxpr(lambda x: jax.debug.callback(lambda _: None, x))(0.0).effects
 
 
 @contextmanager
 def harvesting() -> Iterator[None]:
-    """Context in which a program is traced to be harvested: sows survive, and JAX keeps such traces apart."""
+    """Context in which a program is traced to be harvested: sows survive, and JAX keeps such traces apart.
+
+    A sow is as dead as any identity whose result nobody reads, and JAX drops it, under a gradient even from the body of
+    a scan. In this context it has an effect, which `jaxprs.without_effects_of_sows` takes off the finished trace.
+    """
     token = HARVESTING.set(True)
     try:
         with _harvest_traces(True):
@@ -339,9 +346,8 @@ def harvesting() -> Iterator[None]:
 
 
 sow_p.def_impl(_identity)
-sow_p.def_abstract_eval(_identity)
+sow_p.def_effectful_abstract_eval(_abstract)
 mlir.register_lowering(sow_p, lambda ctx, *operands, **params: _identity(*operands, **params))
 ad.primitive_jvps[sow_p] = _jvp
 ad.primitive_transposes[sow_p] = _transpose
 batching.primitive_batchers[sow_p] = _batch
-partial_eval.dce_rules[sow_p] = _keep_in_dce

@@ -39,6 +39,7 @@ from interp_jax.transforms.jaxprs import (
     scope_of,
     site_of,
     source_line,
+    without_effects_of_sows,
 )
 from interp_jax.transforms.sowing import harvesting, value_seen
 
@@ -81,6 +82,7 @@ def trace_program(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
             # The function closes over values of a trace that is under way; `make_jaxpr` keeps those as constants.
             closed, out_info = _make_jaxpr(fn, args, kwargs, static_argnums, static_argnames)
             mark = None
+    closed = without_effects_of_sows(closed)
     trace = Trace(closed, values, jax.tree.structure(out_info))
     if traces is not None and mark is not None:
         traces.keep(mark, trace)

@@ -102,7 +102,7 @@ class _Draw:
         if not self.mixes_modes:
             modes = [mode for mode in modes if mode != "cond_clobber"]
         mode = self.rng.choice(modes)
-        if mode == "clobber" and self.clobbered and "cond" not in around and self.rng.random() < 0.3:
+        if mode == "clobber" and self.clobbered and not {"cond", "vmap"} & set(around) and self.rng.random() < 0.3:
             return Block("sow", name=self.rng.choice(self.clobbered), mode=mode, number=number)
         name = self.new_name()
         if mode == "clobber" and not {"cond", "vmap", "nest"} & set(around):
