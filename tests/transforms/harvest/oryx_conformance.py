@@ -19,8 +19,7 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 
-import jax
-import jax.extend.core.primitives
+import jax.extend.core.primitives  # noqa: F401 - the ported tests name it
 from absl.testing import parameterized
 
 import interp_jax.transforms.harvest as ours

@@ -180,9 +180,7 @@ def _run_block(block: Block, x: Any, harvest: Any) -> Any:
         return vjp(x)
     if block.kind in ("scan", "reverse_scan"):
         rows = _rows(n)
-        x, ys = lax.scan(
-            lambda x, row: (inside(x + row), x * row), x, rows, reverse=block.kind == "reverse_scan"
-        )
+        x, ys = lax.scan(lambda x, row: (inside(x + row), x * row), x, rows, reverse=block.kind == "reverse_scan")
         return x + ys.sum(0)
     if block.kind == "fori":
         return lax.fori_loop(0, n, lambda i, x: inside(x), x)
@@ -255,7 +253,7 @@ class Sowing:
             self.scopes = self.scopes[:-1]
             return x, reaps
         if block.kind == "grad":
-            out, reaps = self.blocks(inner, x)
+            _, reaps = self.blocks(inner, x)
             return _gradient(inner, x, self) + x, reaps
         return self.blocks(inner, x)
 
@@ -372,6 +370,5 @@ def nested(plants: dict[str, Any]) -> dict[str, Any]:
 def names_under(block: Block, kind: str, inside: bool = False) -> set[str]:
     """The names sown somewhere inside a block of a kind."""
     own = {block.name} if inside and block.kind == "sow" else set()
-    return own | {
-        name for blocks in block.inner for one in blocks for name in names_under(one, kind, inside or block.kind == kind)
-    }
+    inside = inside or block.kind == kind
+    return own.union(*(names_under(one, kind, inside) for blocks in block.inner for one in blocks))
