@@ -17,10 +17,11 @@ Source: interp_jax.
 from __future__ import annotations
 
 import ast
-import functools
+import collections
 import linecache
 import os
 import types
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,8 +117,25 @@ def definition(code: types.CodeType, among: Iterable[ast.AST]) -> ast.AST | None
     return max(found, key=lambda node: node.body.col_offset if isinstance(node, ast.Lambda) else 0, default=None)
 
 
-@functools.lru_cache(maxsize=64)
 def _upstream(filename: str, text: str, module: str, is_package: bool) -> Upstream:
+    """The one `Upstream` of a file, for as long as anybody refers to it.
+
+    Plans of one file are composed by its tree's nodes, so two of them must never hold two trees of it.
+    """
+    key = (filename, text, module, is_package)
+    upstream = _UPSTREAMS.get(key)
+    if upstream is None:
+        upstream = _UPSTREAMS[key] = _read(*key)
+    _RECENT.append(upstream)
+    return upstream
+
+
+_UPSTREAMS: weakref.WeakValueDictionary[tuple[str, str, str, bool], Upstream] = weakref.WeakValueDictionary()
+# Kept although no plan refers to them: files are often looked at several times before there is a plan.
+_RECENT: collections.deque[Upstream] = collections.deque(maxlen=64)
+
+
+def _read(filename: str, text: str, module: str, is_package: bool) -> Upstream:
     name = module.replace(".", "/") + ("/__init__.py" if is_package else ".py")
     source = SourceText(text)
     if module == "__main__":

@@ -5,7 +5,10 @@ Source: interp_jax.
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import sys
+import textwrap
 import threading
 import time
 import types
@@ -17,6 +20,7 @@ import pytest
 from interp_jax.transforms.patcher import Patcher, PatchError
 from interp_jax.transforms.patcher import state as state_module
 from interp_jax.transforms.patcher.state import ACTIVE, EMPTY
+from interp_jax.transforms.patcher.upstream import read_upstream
 
 UPSTREAM = """
 import jax
@@ -419,3 +423,17 @@ def test_entering_is_cheap(module) -> None:
                 pass
         best = min(best, (time.perf_counter() - start) / 50)
     assert best < 50e-6
+
+
+def test_patchers_of_one_file_meet_however_many_files_were_read_in_between() -> None:
+    first = Patcher(textwrap, shorten=["' '.join($x)", "'+'.join($x)"])
+    second = Patcher(textwrap, shorten=["TextWrapper(width=width, max_lines=1, **kwargs)", "TextWrapper(width=99)"])
+    with first:
+        pass
+    for module in list(sys.modules.values())[:300]:
+        # Empty files and extensions have no source to read.
+        with contextlib.suppress(PatchError):
+            read_upstream(str(getattr(module, "__file__", None)), vars(module), where=module.__name__)
+    with first, second:
+        assert textwrap.shorten("one two three", 5) == "one+two+three"
+    assert textwrap.shorten("one two three", 5) == "[...]"
