@@ -311,7 +311,7 @@ def _batch(operands: Sequence[Any], axes: Sequence[int | None], **params: Any) -
         # A predicate is compared with its value example by example, so both get the mapped axis in front.
         (size,) = {operand.shape[axis] for operand, axis in zip(operands, axes, strict=True) if axis is not None}
         operands = [
-            jnp.broadcast_to(operand, (size, *operand.shape)) if axis is None else jnp.moveaxis(operand, axis, 0)
+            jnp.broadcast_to(operand, (size, *jnp.shape(operand))) if axis is None else jnp.moveaxis(operand, axis, 0)
             for operand, axis in zip(operands, axes, strict=True)
         ]
         axes = [0] * len(operands)

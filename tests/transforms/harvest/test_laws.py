@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.core import Tracer
 
 from interp_jax.transforms.harvest import call_and_reap, harvest, nest, plant, reap, sow, sow_cond
 from tests.transforms.harvest.contexts import CONTEXTS, Context, Sown, Tree, expected
@@ -65,7 +66,7 @@ def reference(context: Context, which: Pairs, *, added: float = 0.0) -> tuple[di
         sown: dict[str, Sown] = {}
 
         def record(value: Any, name: str, mode: str, when: Any) -> Any:
-            if not isinstance(value, jax.core.Tracer):  # What JAX differentiates is not what is recorded.
+            if not isinstance(value, Tracer):  # What JAX differentiates is not what is recorded.
                 sown[name] = Sown(value + added, bool(when) if mode == "cond_clobber" else True)
             return value + added
 
