@@ -6,7 +6,7 @@ Source: interp_jax.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -238,7 +238,9 @@ def test_a_stacked_array_is_not_copied_on_a_cpu() -> None:
         def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
             return np.full(shape, float(name), np.float32)
 
-    layers = dataclasses.replace(transformers_llama._layers(load(ORACLES / "tiny_llama").config, True), n_layers=4)
+    config = load(ORACLES / "tiny_llama").config
+    assert config is not None
+    layers = dataclasses.replace(transformers_llama._layers(config, True), n_layers=4)
     given: list[np.ndarray] = []
     with pytest.MonkeyPatch.context() as patch:
         put = jax.device_put
@@ -269,7 +271,7 @@ def test_what_a_scan_does_not_return_is_refused(option: str) -> None:
             np.ones((1, 3), bool),
             positions,
             rngs={"dropout": jax.random.key(0)},
-            **{option: option != "deterministic"},
+            **cast("dict[str, Any]", {option: option != "deterministic"}),
         )
     assert scan_blocks.__module__ == "interp_jax.patches.transformers_stacked"
 
