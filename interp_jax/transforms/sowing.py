@@ -256,9 +256,7 @@ def _has_hash(tag: Any) -> bool:
 def _bind(value: Any, predicate: list[Any], keys: list[Any], **params: Any) -> Any:
     leaves, tree = jax.tree.flatten(value)
     leaves = [leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf) for leaf in leaves]
-    outs = sow_p.bind(
-        *leaves, *predicate, *keys, **params, tree=tree, has_predicate=bool(predicate), batch_axes=()
-    )
+    outs = sow_p.bind(*leaves, *predicate, *keys, **params, tree=tree, has_predicate=bool(predicate), batch_axes=())
     return jax.tree.unflatten(tree, outs)
 
 
