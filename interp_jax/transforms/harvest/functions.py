@@ -27,7 +27,7 @@ from interp_jax.transforms.harvest.interpret import interpret
 from interp_jax.transforms.harvest.keys import Names, Place, nest_label, show_key
 from interp_jax.transforms.harvest.planting import Planting, check_fits
 from interp_jax.transforms.harvest.staging import staged
-from interp_jax.transforms.harvest.survey import Sown, survey
+from interp_jax.transforms.harvest.survey import survey
 from interp_jax.transforms.sowing import sow
 from interp_jax.transforms.tracing import trace_program
 
@@ -81,11 +81,15 @@ def _harvest(
     reaps: bool,
 ) -> tuple[Any, dict[str, Any]]:
     trace = trace_program(f, args, kwargs)
-    found = survey(trace.closed.jaxpr, policy, Place())
     where = f"plant({getattr(f, '__name__', type(f).__name__)})"
-    flat = _fitting(_by_path(plants, found), found, policy, unknown=unknown, where=where)
+    found = survey(trace.closed.jaxpr, policy, Place())
+    flat = {key: value for key, value in _by_path(plants, found).items() if policy.is_wanted(key)}
+    if unknown != "ignore":
+        _check_known(flat, found, tag=policy.tag, where=where)
     if not reaps:
         policy = policy._replace(only=frozenset(flat))
+    # What is not found here may be sown by a derivative rule that runs only when the function is differentiated.
+    flat = {key: check_fits(key, found[key], v, where=where) if key in found else v for key, v in flat.items()}
 
     def interpreted(args: Any, planted: list[Any]) -> tuple[Any, OrderedDict[Any, Any]]:
         values: dict[Any, Any] = dict(zip(flat, planted, strict=True))
@@ -170,7 +174,7 @@ def _renamed(f: Callable[..., Any], wrapper: Callable[..., Any], *, takes_plants
     return renamed
 
 
-def _by_path(plants: Mapping[str, Any], found: Mapping[Any, Sown], scope: tuple[str, ...] = ()) -> dict[Any, Any]:
+def _by_path(plants: Mapping[str, Any], found: Collection[Any], scope: tuple[str, ...] = ()) -> dict[Any, Any]:
     """Planted values by path of names; a dictionary is a scope unless a name of that path is sown."""
     flat: dict[Any, Any] = {}
     for name, value in plants.items():
@@ -180,27 +184,19 @@ def _by_path(plants: Mapping[str, Any], found: Mapping[Any, Sown], scope: tuple[
     return flat
 
 
-def _fitting(
-    plants: dict[Any, Any], found: Mapping[Any, Sown], policy: Names, *, unknown: str, where: str
-) -> dict[Any, Any]:
-    """The planted values that count, each in the form of what is sown there."""
-    missing = [key for key in plants if key not in found and policy.is_wanted(key)]
-    if missing and unknown != "ignore":
+def _check_known(plants: Collection[Any], sown: Collection[Any], *, tag: Hashable, where: str) -> None:
+    """Refuse to plant what nobody sows."""
+    missing = [show_key(key) for key in plants if key not in sown]
+    if missing:
         raise UnknownNameError(
             four_part(
-                f"Nobody sows {', '.join(repr(show_key(key)) for key in missing)} with tag {policy.tag!r}",
+                f"Nobody sows {', '.join(map(repr, missing))} with tag {tag!r}",
                 where=where,
-                names=list(map(show_key, found)),
-                given=show_key(missing[0]),
+                names=list(map(show_key, sown)),
+                given=missing[0],
                 fix="plant under one of these names, or pass unknown='ignore'.",
             )
         )
-    # What is not found here may be sown by a derivative rule that runs only when the function is differentiated.
-    return {
-        key: check_fits(key, found[key], value, where=where) if key in found else value
-        for key, value in plants.items()
-        if policy.is_wanted(key)
-    }
 
 
 def _nested(reaps: Mapping[Any, Any]) -> dict[str, Any]:
