@@ -48,7 +48,6 @@ def no_collector() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _nothing_left_suspended() -> Iterator[None]:
-    current_scope().close_live()  # left by other files: bodies that refer to themselves are never collected
     gc.freeze()  # what was there before need not be looked through, here and in the tests
     yield
     gc.collect()
