@@ -55,8 +55,12 @@ if TYPE_CHECKING:
     from interp_jax.transforms import greenlets as greenlets
     from interp_jax.transforms import harvest as harvest
     from interp_jax.transforms.compilations import compilations as compilations
+    from interp_jax.transforms.harvest import harvest_sites as harvest_sites
+    from interp_jax.transforms.harvest import intervene as intervene
     from interp_jax.transforms.harvest import layer_scope as layer_scope
     from interp_jax.transforms.harvest import loop_layer as loop_layer
+    from interp_jax.transforms.harvest import reap_sites as reap_sites
+    from interp_jax.transforms.harvest import site_gradients as site_gradients
     from interp_jax.transforms.harvest import sow as sow
     from interp_jax.transforms.layer_stack import scan_layers as scan_layers
     from interp_jax.transforms.layer_stack import stack_layers as stack_layers
@@ -92,7 +96,16 @@ _HOMES = {
     "interp_jax.models.loading": ("load",),
     "interp_jax.transforms.compilations": ("compilations",),
     "interp_jax.transforms.greenlets": ("greenlets",),
-    "interp_jax.transforms.harvest": ("harvest", "layer_scope", "loop_layer", "sow"),
+    "interp_jax.transforms.harvest": (
+        "harvest",
+        "harvest_sites",
+        "intervene",
+        "layer_scope",
+        "loop_layer",
+        "reap_sites",
+        "site_gradients",
+        "sow",
+    ),
     "interp_jax.transforms.layer_stack": ("scan_layers", "stack_layers", "unstack_layers"),
     "interp_jax.transforms.patcher": ("PatchSet", "Patcher"),
     "interp_jax.transforms.running_pass": ("RunningPass", "list_sites", "run"),

@@ -14,17 +14,17 @@ Source: JAX's own `eval_jaxpr` documents the protocol for binding an equation.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, no_effects
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from interp_jax.core.errors import InvalidInputError, UnsupportedModelError, four_part
 from interp_jax.core.sites import Site
-from interp_jax.transforms.sowing import INHERITED, SITE_TAG, LoopLayer, kept, layer_in, sow_p
+from interp_jax.transforms.sowing import INHERITED, NO_EFFECTS, SITE_TAG, LoopLayer, kept, layer_in, sow_p
 
 
 def evaluate(eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
@@ -124,20 +124,81 @@ def _without_effects(jaxpr: Jaxpr) -> Jaxpr:
 
 def _equation_without_effects(eqn: JaxprEqn) -> JaxprEqn:
     if eqn.primitive is sow_p:
-        return eqn.replace(effects=no_effects)
+        return eqn.replace(effects=NO_EFFECTS)
+
+    plain = _with_jaxprs(eqn, _without_effects)
+    effects = {effect for _, jaxpr in inner_jaxprs(plain) for effect in jaxpr.effects}
+    return plain.replace(effects=eqn.effects - (kept() - effects))
+
+
+_WITHOUT_SOWS: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()
+
+
+def without_sows(jaxpr: Jaxpr, dropped: Callable[[JaxprEqn], bool]) -> Jaxpr:
+    """A jaxpr in which some sows are what they are in an ordinary program: nothing.
+
+    Args:
+        jaxpr: The program.
+        dropped: Whether a sow is taken out; hashable, as the result for it is kept.
+
+    Returns:
+        The program without them, always the same object, so that calls of one function stay calls of one function.
+    """
+    busy = outline_of(jaxpr).busy
+    if not busy:
+        return jaxpr
+    known = _WITHOUT_SOWS.setdefault(jaxpr, {})
+    if dropped not in known:
+        known[dropped] = _drop_sows(jaxpr, busy, dropped)
+    return known[dropped]
+
+
+def _drop_sows(jaxpr: Jaxpr, busy: frozenset[int], dropped: Callable[[JaxprEqn], bool]) -> Jaxpr:
+    instead: dict[Any, Any] = {}
+
+    def renamed(atoms: Sequence[Any]) -> list[Any]:
+        return [atom if isinstance(atom, Literal) else instead.get(atom, atom) for atom in atoms]
+
+    eqns = []
+    for index, eqn in enumerate(jaxpr.eqns):
+        eqn = eqn.replace(invars=renamed(eqn.invars)) if instead else eqn
+        if index not in busy:
+            eqns.append(eqn)
+        elif eqn.primitive is not sow_p:
+            eqns.append(equation_without_sows(eqn, dropped))
+        elif dropped(eqn):
+            instead.update(zip(eqn.outvars, eqn.invars, strict=False))
+        else:
+            eqns.append(eqn)
+    is_same = len(eqns) == len(jaxpr.eqns) and all(a is b for a, b in zip(eqns, jaxpr.eqns, strict=True))
+    return jaxpr if is_same else jaxpr.replace(eqns=eqns, outvars=renamed(jaxpr.outvars))
+
+
+def equation_without_sows(eqn: JaxprEqn, dropped: Callable[[JaxprEqn], bool]) -> JaxprEqn:
+    """The equation `eqn`, no sow itself, with the sows inside that are `dropped` taken out."""
+    return _with_jaxprs(eqn, lambda jaxpr: without_sows(jaxpr, dropped))
+
+
+_CLOSED: WeakKeyDictionary[Any, dict[Jaxpr, ClosedJaxpr]] = WeakKeyDictionary()
+
+
+def _with_jaxprs(eqn: JaxprEqn, change: Callable[[Jaxpr], Jaxpr]) -> JaxprEqn:
+    """An equation with every jaxpr among its parameters changed."""
 
     def inside(param: Any) -> Any:
         if isinstance(param, (tuple, list)) and any(isinstance(item, (ClosedJaxpr, Jaxpr)) for item in param):
             items = list(map(inside, param))
+            if all(a is b for a, b in zip(items, param, strict=True)):
+                return param
             return type(param)(*items) if hasattr(param, "_fields") else type(param)(items)
         if isinstance(param, ClosedJaxpr):
-            return without_effects_of_sows(param)
-        return _without_effects(param) if isinstance(param, Jaxpr) else param
+            new = change(param.jaxpr)
+            known = _CLOSED.setdefault(param, {})
+            return param if new is param.jaxpr else known.setdefault(new, param.replace(jaxpr=new))
+        return change(param) if isinstance(param, Jaxpr) else param
 
     params = {name: inside(param) for name, param in eqn.params.items()}
-    plain = eqn.replace(params=params)
-    effects = {effect for _, jaxpr in inner_jaxprs(plain) for effect in jaxpr.effects}
-    return plain.replace(effects=eqn.effects - (kept() - effects))
+    return eqn if all(params[name] is eqn.params[name] for name in params) else eqn.replace(params=params)
 
 
 CUSTOM_RULES = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})

@@ -75,7 +75,8 @@ def trace_program(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         if mark in traces.by_mark:
             return Trace(traces.by_mark[mark][0], values, traces.by_mark[mark][1])
     jitted = jax.jit(fn, static_argnums=static_argnums, static_argnames=static_argnames)
-    with harvesting():
+    # Under `jax.disable_jit` loops would be run instead of traced.
+    with jax.disable_jit(False), harvesting():
         traced = jitted.trace(*args, **kwargs)
         closed, out_info = traced.jaxpr, traced.out_info
         if len(closed.jaxpr.invars) != len(values):
@@ -198,7 +199,8 @@ def _sites(jaxpr: Jaxpr, outer: Scope, loop_indices: tuple[int, ...]) -> Iterato
             # How often a while loop runs is not known beforehand; its first iteration stands for all.
             lengths = {"scan": eqn.params.get("length"), "while": 1}
             length = lengths[eqn.primitive.name] if is_loop(eqn) else None
-            for index in [loop_indices] if length is None else [(*loop_indices, i) for i in range(length)]:
+            order = range(length or 0)[:: -1 if eqn.params.get("reverse") else 1]
+            for index in [loop_indices] if length is None else [(*loop_indices, i) for i in order]:
                 for _, inner in inner_jaxprs(eqn):
                     yield from _sites(inner, scope, index)
 

@@ -36,7 +36,15 @@ from jax.sharding import PartitionSpec, Sharding
 from interp_jax.transforms.harvest.keys import Key, Place
 from interp_jax.transforms.harvest.state import Reaped, Result, Run, State
 from interp_jax.transforms.harvest.survey import concerns, is_recomputation, keys_in, survey
-from interp_jax.transforms.jaxprs import CHECKPOINTS, CUSTOM_RULES, bind, callee_of, evaluate, with_callee
+from interp_jax.transforms.jaxprs import (
+    CHECKPOINTS,
+    CUSTOM_RULES,
+    bind,
+    callee_of,
+    equation_without_sows,
+    evaluate,
+    with_callee,
+)
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -149,11 +157,10 @@ def _custom_rule(eqn: JaxprEqn, operands: list[Any], state: State, place: Place,
         if harvested is not None:
             results, of_rule = harvested
             return results, {**of_rule, **reaps}
-    if not state.resows:
-        silent = state.reading_nothing()
-        without_sows = jax.make_jaxpr(lambda *args: run(callee, args, silent, place)[0])(*operands)
-        eqn = with_callee(eqn, without_sows)
-    return bind(eqn, operands), reaps
+    if state.is_silent:
+        quiet = jax.make_jaxpr(lambda *args: run(callee, args, state.reading_nothing(), place)[0])(*operands)
+        return bind(with_callee(eqn, quiet), operands), reaps
+    return bind(equation_without_sows(eqn, state.policy.dropped), operands), reaps
 
 
 def is_being_differentiated(eqn: JaxprEqn, operands: Sequence[Any]) -> bool:

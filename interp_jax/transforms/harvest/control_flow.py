@@ -42,6 +42,9 @@ def harvest_scan(eqn: JaxprEqn, operands: list[Any], state: State, place: Place,
     inside, _ = survey_scan(eqn, state.policy, place)
     reaped = {key: sown for key, sown in inside.items() if not state.is_planted(key)}
     slots = {key: _Slots(key, sown, state, length) for key, sown in reaped.items() if _is_layer(key, place)}
+    # A site of these layers may be asked for elsewhere only.
+    reaped = {key: sown for key, sown in reaped.items() if key not in slots or slots[key].iterations}
+    slots = {key: slot for key, slot in slots.items() if key in reaped}
     partial = [slot for slot in slots.values() if not slot.is_all]
     clobbered = {key: sown for key, sown in reaped.items() if sown.mode in ("clobber", "cond_clobber")}
     in_carry = {key: sown for key, sown in clobbered.items() if key not in slots}

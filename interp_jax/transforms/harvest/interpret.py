@@ -27,8 +27,8 @@ from interp_jax.transforms.harvest.calls import harvest_call, harvest_shard_map,
 from interp_jax.transforms.harvest.control_flow import harvest_cond, harvest_scan, harvest_while
 from interp_jax.transforms.harvest.keys import Key, Place
 from interp_jax.transforms.harvest.state import Reaped, Result, State, choose, zeros_of
-from interp_jax.transforms.harvest.survey import concerns
-from interp_jax.transforms.jaxprs import OPENABLE, at_equation, bind, evaluate, outline_of
+from interp_jax.transforms.harvest.survey import concerns, keys_of
+from interp_jax.transforms.jaxprs import OPENABLE, at_equation, bind, equation_without_sows, evaluate, outline_of
 from interp_jax.transforms.sowing import leaves_of_seen, predicate_seen, sow_p, value_seen
 
 _RULES = {"scan": harvest_scan, "while": harvest_while, "cond": harvest_cond, "shard_map": harvest_shard_map}
@@ -64,6 +64,8 @@ def interpret(
             results, new = _rule(eqn, operands, state, place.of(eqn))
             for key, reaped in new.items():
                 reaps[key] = _merge(reaps.pop(key, None), reaped)
+        elif index in outline.busy and eqn.primitive is not sow_p:
+            results = evaluate(equation_without_sows(eqn, state.policy.dropped), operands)
         else:
             results = evaluate(eqn, operands)
         env.update(zip(eqn.outvars, results, strict=True))
@@ -73,11 +75,13 @@ def interpret(
 
 
 def _is_touched(eqn: JaxprEqn, operands: Sequence[Any], state: State, place: Place, *, is_busy: bool) -> bool:
-    """Whether there is anything to do in an equation."""
-    if is_busy and concerns(eqn, state.policy, place):
+    """Whether there is more to do in an equation than to take sows out of it."""
+    if state.is_silent and eqn.effects and eqn.primitive.name in OPENABLE:
         return True
-    if state.is_silent and eqn.effects:
-        return eqn.primitive.name in OPENABLE
+    if is_busy and eqn.primitive is sow_p:
+        return concerns(eqn, state.policy, place)
+    if is_busy and any(state.policy.is_wanted(key) or state.changes(key) for key in keys_of(eqn, state.policy, place)):
+        return True
     return is_being_differentiated(eqn, operands)
 
 

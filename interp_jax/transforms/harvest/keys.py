@@ -76,6 +76,17 @@ def nest_label(scope: str) -> str:
     return f"ij.nest={quote(scope, safe='').replace('.', '%2E')}."
 
 
+class Dropped(NamedTuple):
+    """Which sows a harvest takes out although nothing is read from them: those `of_tag`, and `others`."""
+
+    tag: Hashable
+    of_tag: bool
+    others: bool
+
+    def __call__(self, eqn: JaxprEqn) -> bool:
+        return self.of_tag if eqn.params["tag"] == self.tag else self.others
+
+
 class Policy(Protocol):
     """Which sows a harvest concerns, and what it calls them."""
 
@@ -87,8 +98,9 @@ class Policy(Protocol):
         """Whether a sow of this key is harvested; otherwise it is dropped."""
         ...
 
-    def is_dropped(self, eqn: JaxprEqn) -> bool:
-        """Whether a sow without a key is taken out all the same."""
+    @property
+    def dropped(self) -> Dropped:
+        """Which sows are taken out although nothing is read from them."""
         ...
 
     def iterations(self, key: LoopSite, length: int) -> list[int]:
@@ -118,8 +130,9 @@ class Names(NamedTuple):
         names = {key[-1], "/".join(key)}
         return not names & self.blocklist and (self.allowlist is None or bool(names & self.allowlist))
 
-    def is_dropped(self, eqn: JaxprEqn) -> bool:
-        return self.exclusive
+    @property
+    def dropped(self) -> Dropped:
+        return Dropped(self.tag, of_tag=self.only is None, others=self.exclusive)
 
     def iterations(self, key: LoopSite, length: int) -> list[int]:
         raise AssertionError("names have no layers")

@@ -27,11 +27,11 @@ from interp_jax.core.activations import SiteRow
 from interp_jax.core.errors import UnknownNameError, four_part
 from interp_jax.core.interventions import Intervention, apply_intervention
 from interp_jax.core.sites import Selector, Site, select_sites
-from interp_jax.transforms.harvest.keys import Key, LoopSite, Place
+from interp_jax.transforms.harvest.keys import Dropped, Key, LoopSite, Place
 from interp_jax.transforms.harvest.state import LoopIndex
 from interp_jax.transforms.harvest.survey import Sown
 from interp_jax.transforms.jaxprs import is_site
-from interp_jax.transforms.sowing import LoopLayer
+from interp_jax.transforms.sowing import SITE_TAG, LoopLayer
 
 
 class Edit(NamedTuple):
@@ -122,9 +122,10 @@ class SitePolicy:
         """Whether a sow of this `key` is harvested; in a loop, whether it is in any iteration."""
         return covers(self.read, key)
 
-    def is_dropped(self, eqn: JaxprEqn) -> bool:
-        """Whether a sow `eqn` without a key is taken out: no."""
-        return False
+    @property
+    def dropped(self) -> Dropped:
+        """Which sows are taken out although nothing is read from them: all sites, unless only some are concerned."""
+        return Dropped(SITE_TAG, of_tag=self.only is None, others=False)
 
     def iterations(self, key: LoopSite, length: int) -> list[int]:
         """The iterations, out of `length`, in which the site of a loop over layers, `key`, is read."""

@@ -47,7 +47,8 @@ from interp_jax.transforms.tracing import Trace, sites_of, trace_program
 
 __all__ = ["harvest_sites", "intervene", "layer_scope", "reap_sites", "site_gradients", "sow"]
 
-Interventions: TypeAlias = "Mapping[Selector, Intervention] | Iterable[tuple[Selector, Intervention]]"
+# A mapping is invariant in its keys, so `Mapping[Selector, ...]` would refuse a dictionary with strings for keys.
+Interventions: TypeAlias = "Mapping[Any, Intervention] | Iterable[tuple[Selector, Intervention]]"
 
 
 def reap_sites(fn: Callable[..., Any], select: Selector) -> Callable[..., Activations]:

@@ -70,7 +70,7 @@ def _varies(var: Any) -> bool:
 def concerns(eqn: JaxprEqn, policy: Policy, place: Place) -> bool:
     """Whether a harvest has anything to do in an equation: itself a sow it knows, or with one inside."""
     if eqn.primitive is sow_p:
-        return policy.key(eqn, place.of(eqn)) is not None or policy.is_dropped(eqn)
+        return policy.key(eqn, place.of(eqn)) is not None or policy.dropped(eqn)
     inner = list(inner_jaxprs(eqn))
     if not inner:
         return False
@@ -90,10 +90,15 @@ def keys_in(jaxpr: Jaxpr, policy: Policy, place: Place) -> Iterator[Key]:
             key = policy.key(eqn, place.of(eqn))
             if key is not None:
                 yield key
-            continue
-        own = place.of(eqn).in_loop() if is_loop(eqn) else place.of(eqn)
-        for _, inside in inner_jaxprs(eqn):
-            yield from keys_in(inside, policy, own)
+        else:
+            yield from keys_of(eqn, policy, place)
+
+
+def keys_of(eqn: JaxprEqn, policy: Policy, place: Place) -> Iterator[Key]:
+    """The key of every sow inside an equation `eqn` at a `place` that `policy` knows, wanted or not."""
+    own = place.of(eqn).in_loop() if is_loop(eqn) else place.of(eqn)
+    for _, inside in inner_jaxprs(eqn):
+        yield from keys_in(inside, policy, own)
 
 
 def survey(jaxpr: Jaxpr, policy: Policy, place: Place) -> dict[Key, Sown]:

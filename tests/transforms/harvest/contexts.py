@@ -15,7 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.sharding import AxisType, PartitionSpec
+
+from interp_jax.transforms.jaxprs import evaluate
 
 Body = Callable[[Any], Any]
 PlainBody = Callable[[Any], tuple[Any, "Tree"]]
@@ -258,3 +261,52 @@ CONTEXTS = (
     Context("after_shard_map", lambda body, x: body(_doubled_on_devices(x)), lambda body, x: body(x * 2), ONCE),
     Context("inside_shard_map", inside_shard_map, lambda body, x: body(x), ONCE),
 )  # fmt: skip
+
+
+def op_by_op(fn: Callable[..., Any], *args: Any) -> list[Any]:
+    """The leaves of what a function returns, each operation run by itself, so that nothing is fused.
+
+    Whole programs that differ in one value read are optimised differently, and may differ in the last bit.
+    """
+    closed = jax.make_jaxpr(fn)(*args)
+    with jax.disable_jit():
+        return _one_by_one(closed, jax.tree.leaves(args))
+
+
+def _one_by_one(closed: Any, args: list[Any]) -> list[Any]:
+    env = dict(zip((*closed.jaxpr.constvars, *closed.jaxpr.invars), (*closed.consts, *args), strict=True))
+    for eqn in closed.jaxpr.eqns:
+        operands = [atom.val if isinstance(atom, Literal) else env[atom] for atom in eqn.invars]
+        env.update(zip(eqn.outvars, _alone(eqn, operands), strict=True))
+    return [atom.val if isinstance(atom, Literal) else env[atom] for atom in closed.jaxpr.outvars]
+
+
+def _alone(eqn: Any, operands: list[Any]) -> list[Any]:
+    params, name = eqn.params, eqn.primitive.name
+    if name == "scan":
+        n_consts, n_carry = params["num_consts"], params["num_carry"]
+        consts = operands[:n_consts]
+
+        def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
+            out = _one_by_one(params["jaxpr"], [*consts, *carry, *xs])
+            return out[:n_carry], out[n_carry:]
+
+        rest = operands[n_consts:]
+        carry, ys = lax.scan(
+            body, rest[:n_carry], rest[n_carry:], length=params["length"], reverse=params["reverse"]
+        )  # A Python loop, as jit is disabled.
+        return [*carry, *ys]
+    if name == "cond":
+        index = min(max(int(operands[0]), 0), len(params["branches"]) - 1)
+        return _one_by_one(params["branches"][index], operands[1:])
+    if name == "while":
+        n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
+        of_cond, of_body, carry = operands[:n_cond], operands[n_cond : n_cond + n_body], operands[n_cond + n_body :]
+        while _one_by_one(params["cond_jaxpr"], [*of_cond, *carry])[0]:
+            carry = _one_by_one(params["body_jaxpr"], [*of_body, *carry])
+        return carry
+    inner = [param for param in params.values() if isinstance(param, (Jaxpr, ClosedJaxpr))]
+    if len(inner) == 1 and name != "shard_map":
+        callee = inner[0] if isinstance(inner[0], ClosedJaxpr) else ClosedJaxpr(inner[0], ())
+        return _one_by_one(callee, operands)
+    return evaluate(eqn, operands)
