@@ -166,13 +166,21 @@ def unknown_site_message(unmatched: Sequence[Selector], sites: Sequence[Site], *
     names = list(dict.fromkeys(site.name for site in sites))
     layers = [site.layer for site in sites if site.layer is not None]
     misspelt = [name for name in map(_name_in, unmatched) if name and name not in names]
+    fix = "use one of these names, or add a tag to the model's patch set."
+    if "resid_mid" in misspelt and {"attn_out", "mlp_out", "resid_post"} <= set(names):
+        # A name of the vocabulary that a model can lack for a reason, not for want of a tag.
+        misspelt.remove("resid_mid")
+        fix = (
+            "where attention and MLP run in parallel, both read resid_pre and there is no resid_mid: use resid_pre, "
+            "attn_out or mlp_out. Where they do not, " + fix
+        )
     return four_part(
         f"Unknown site{'s' * (len(unmatched) > 1)} {', '.join(map(_in_words, unmatched))}",
         where=where,
         names=names,
         given=misspelt[0] if misspelt else None,
         note=f"layers {min(layers)} to {max(layers)}" if layers else None,
-        fix="use one of these names, or add a tag to the model's patch set.",
+        fix=fix,
     )
 
 

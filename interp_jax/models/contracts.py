@@ -173,19 +173,19 @@ def _scores(e: Evidence) -> Iterator[Finding]:
         site, q, k = Site(i, "attn_scores"), e(i, query), e(i, key)
         k = np.repeat(k, q.shape[2] // k.shape[2], axis=2)
         expected = np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1])
-        seen = np.broadcast_to(_visible(e), expected.shape)
+        seen = np.broadcast_to(_visible(e, i), expected.shape)
         actual = np.where(seen, e(*site), 0) if expected.shape == e(*site).shape else e(*site)
         scale = np.abs(q).max() * np.abs(k).max() * np.sqrt(q.shape[-1])
         yield _compare(site, actual, np.where(seen, expected, 0), e.product(Site(i, query)), scale)
 
 
-def _visible(e: Evidence) -> np.ndarray:
-    """Where a token may look, `[batch, 1, query, key]`; false at padded queries."""
+def _visible(e: Evidence, layer: int) -> np.ndarray:
+    """Where a token may look in a layer, `[batch, 1, query, key]`; false at padded queries."""
     assert e.is_token is not None
     is_token, n_pos = e.is_token, e.is_token.shape[1]
     causal = np.tril(np.ones((n_pos, n_pos), bool))
-    if e.config is not None and e.config.window is not None:
-        causal &= ~np.tril(causal, -e.config.window)
+    if e.config is not None and (window := e.config.window_of(layer)) is not None:
+        causal &= ~np.tril(causal, -window)
     return (causal & is_token[:, None, :] & is_token[:, :, None])[:, None]
 
 
@@ -203,7 +203,7 @@ def _mask(e: Evidence) -> Iterator[Finding]:
         if e.has(i, "pattern") and e.is_token is not None:
             site, pattern = Site(i, "pattern"), e(i, "pattern")
             queries = e.is_token[:, None, :, None]
-            hidden = queries & ~_visible(e)
+            hidden = queries & ~_visible(e, i)
             if pattern.ndim != 4 or pattern.shape[2:] != hidden.shape[2:]:
                 yield Finding(site, float("inf"), 0.0)
             else:
@@ -253,8 +253,11 @@ def _mlp_out(e: Evidence) -> Iterator[Finding]:
 
 
 def _projections(e: Evidence) -> Iterator[Finding]:
+    is_parallel = e.config is not None and e.config.is_parallel
     for i in e.layers:
-        for name, normed in (("q", "ln1"), ("k", "ln1"), ("v", "ln1"), ("mlp_gate", "ln2"), ("mlp_pre", "ln2")):
+        # One norm is enough for both where they run in parallel.
+        ln2 = "ln1" if is_parallel and not e.has(i, "ln2") else "ln2"
+        for name, normed in (("q", "ln1"), ("k", "ln1"), ("v", "ln1"), ("mlp_gate", ln2), ("mlp_pre", ln2)):
             weight = {"mlp_gate": "W_gate", "mlp_pre": "W_in"}.get(name, f"W_{name.upper()}")
             bias = {"mlp_gate": "b_gate", "mlp_pre": "b_in"}.get(name, f"b_{name.upper()}")
             if not e.has(i, name, normed) or weight not in e.weight_names:

@@ -50,7 +50,9 @@ class ModelConfig:
         norm_eps: What is added to the variance.
         rope_theta: The rotary base, None with learned positions.
         dtype: Name of the dtype of parameters and computation.
-        window: How many positions, its own included, a token can look at; None for all before it.
+        window: How many positions, its own included, a token can look at; None for all before it. A tuple when the
+            layers differ.
+        is_parallel: Whether attention and MLP both read `resid_pre`, so that there is no `resid_mid`.
     """
 
     family: str
@@ -69,7 +71,12 @@ class ModelConfig:
     norm_eps: float
     rope_theta: float | None
     dtype: str
-    window: int | None = None
+    window: int | tuple[int | None, ...] | None = None
+    is_parallel: bool = False
+
+    def window_of(self, layer: int) -> int | None:
+        """The window of one `layer`."""
+        return self.window[layer] if isinstance(self.window, tuple) else self.window
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,8 @@ class Upstream:
         weights: Canonical name to `(params) -> array`, for weights outside the layers.
         layer_weights: Canonical name to `(layer's params) -> array`.
         layer_params: `(params, layer) -> layer's params`.
+        layout: `() -> pytree in the form of the parameters` that says which tensor of a Hugging Face directory each
+            of them is (see `interp_jax.models.weights.layout`).
         stacked_layers: `(params) -> stacked subtrees`, as many as there are kinds of layers that alternate. None when
             the layers are not stacked.
         restacked: The same model with its layers stacked, or no longer stacked if they are.
@@ -123,6 +132,7 @@ class Upstream:
     weights: Mapping[str, Callable[[Any], jax.Array]] = field(default_factory=dict)
     layer_weights: Mapping[str, Callable[[Any], jax.Array]] = field(default_factory=dict)
     layer_params: Callable[[Any, int], Any] | None = None
+    layout: Callable[[], Any] | None = None
     stacked_layers: Callable[[Any], tuple[Any, ...]] | None = None
     restacked: Callable[[], Upstream] | None = None
     restack: Callable[..., Any] | None = None

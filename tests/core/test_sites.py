@@ -193,6 +193,22 @@ def test_a_predicate_that_matches_nothing() -> None:
     assert "Unknown site (predicate is_deep) in run(gpt2)." in message(is_deep)
 
 
+def test_a_missing_resid_mid_is_explained() -> None:
+    """A model can lack it for a reason; other missing names are not explained by it."""
+    names = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+    parallel = [Site(layer, name) for layer in range(2) for name in names]
+    for selector in ("resid_mid", "1.resid_mid", "blocks.0.hook_resid_mid", Site(1, "resid_mid")):
+        with pytest.raises(UnknownNameError, match="where attention and MLP run in parallel") as error:
+            select_sites(selector, parallel)
+        assert "Did you mean" not in str(error.value)
+    with pytest.raises(UnknownNameError) as error:
+        select_sites("resid_middle", parallel)
+    assert "parallel" not in str(error.value)
+    with pytest.raises(UnknownNameError) as error:
+        select_sites("resid_mid", [Site(0, "resid_pre"), Site(0, "resid_post")])
+    assert "parallel" not in str(error.value)
+
+
 def test_transformer_lens_sites_that_are_not_tagged() -> None:
     assert "Unknown site 'blocks.5.ln1.hook_scale'" in message("blocks.5.ln1.hook_scale")
 
