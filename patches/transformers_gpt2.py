@@ -24,11 +24,13 @@ import jax
 
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.upstream import ModelConfig, Upstream
+from interp_jax.models.weights import layout
 from interp_jax.patches import flax_attention, transformers_flax, transformers_stacked
 from interp_jax.transforms.patcher import Patcher, PatchSet
 
 if TYPE_CHECKING:
-    from interp_jax.models.weights.checkpoint import Checkpoint, Intake
+    from interp_jax.models.weights.checkpoint import Checkpoint
+    from interp_jax.models.weights.layout import Placement, Stored
 
 MODULE = "transformers.models.gpt2.modeling_flax_gpt2"
 
@@ -158,13 +160,16 @@ STACKED_PATCH_SET = dataclasses.replace(
 )
 
 
-def from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = "float32", stacked: bool = False) -> LanguageModel:
+def from_checkpoint(
+    checkpoint: Checkpoint, *, dtype: Any = "float32", stacked: bool = False, sharding: Placement | None = None
+) -> LanguageModel:
     """A `LanguageModel` from the files of a GPT-2.
 
     Args:
         checkpoint: Configuration, weights and tokenizer in the Hugging Face convention.
         dtype: Of parameters and computation: float32, bfloat16 or float16.
         stacked: Whether to hold the layers as one subtree and run them as a scan.
+        sharding: Where the parameters go; see `interp_jax.models.loading.load`.
 
     Returns:
         The model.
@@ -191,7 +196,7 @@ def from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = "float32", stacked: 
     # Old files hold each layer's mask as a tensor.
     ignorable = ("*.attn.bias", "*.attn.masked_bias", *(("lm_head.weight",) if config.is_tied else ()))
     with checkpoint.intake(ignorable=ignorable, optional_prefix="transformer.") as intake:
-        params = _params(intake, config, _layers(config, stacked))
+        params = layout.read(_layout(config, stacked), intake, dtype=config.dtype, sharding=sharding)
     return LanguageModel(
         config=config,
         params=params,
@@ -258,6 +263,7 @@ def _build(settings: str, dtype: str, stacked: bool) -> tuple[Upstream, ModelCon
         weights=_weights(config),
         layer_weights=_layer_weights(config),
         layer_params=layers.params,
+        layout=lambda: _layout(config, stacked),
         stacked_layers=layers.groups if stacked else None,
         restacked=lambda: _build(settings, dtype, not stacked)[0],
         restack=_layers(config, not stacked).restack,
@@ -270,17 +276,17 @@ def _layers(config: ModelConfig, stacked: bool) -> transformers_stacked.Layers:
     return transformers_stacked.Layers(("transformer", "h"), config.n_layers, stacked)
 
 
-def _params(intake: Intake, config: ModelConfig, layers: transformers_stacked.Layers) -> dict[str, Any]:
-    """Upstream's parameters, from tensors in the layout of torch's `Conv1D`, `[in, out]`, which Flax turns round."""
+def _layout(config: ModelConfig, stacked: bool) -> dict[str, Any]:
+    """Upstream's parameters, as tensors in the layout of torch's `Conv1D`, `[in, out]`, which Flax turns round."""
     d_model, d_mlp = config.d_model, config.d_mlp
-    read = transformers_stacked.Reader(intake, config.dtype, layers)
+    names = transformers_stacked.Names(_layers(config, stacked))
 
-    def norm(name: str) -> dict[str, jax.Array]:
-        return {"scale": read.array(f"{name}.weight", d_model), "bias": read.array(f"{name}.bias", d_model)}
+    def norm(name: str) -> dict[str, Stored]:
+        return {"scale": names.array(f"{name}.weight", d_model), "bias": names.array(f"{name}.bias", d_model)}
 
-    def conv(name: str, d_in: int, d_out: int) -> dict[str, jax.Array]:
-        kernel = read.array(f"{name}.weight", d_in, d_out, turned=True)
-        return {"kernel": kernel, "bias": read.array(f"{name}.bias", d_out)}
+    def conv(name: str, d_in: int, d_out: int) -> dict[str, Stored]:
+        kernel = names.array(f"{name}.weight", d_in, d_out, turned=True)
+        return {"kernel": kernel, "bias": names.array(f"{name}.bias", d_out)}
 
     def layer(at: str) -> dict[str, Any]:
         return {
@@ -298,14 +304,14 @@ def _params(intake: Intake, config: ModelConfig, layers: transformers_stacked.La
 
     params: dict[str, Any] = {
         "transformer": {
-            "wte": {"embedding": read.array("transformer.wte.weight", config.d_vocab, d_model)},
-            "wpe": {"embedding": read.array("transformer.wpe.weight", config.n_ctx, d_model)},
-            "h": read.layers(layer, "transformer.h.{}"),
+            "wte": {"embedding": names.array("transformer.wte.weight", config.d_vocab, d_model)},
+            "wpe": {"embedding": names.array("transformer.wpe.weight", config.n_ctx, d_model)},
+            "h": names.layers(layer, "transformer.h.{}"),
             "ln_f": norm("transformer.ln_f"),
         }
     }
     if not config.is_tied:
-        params["lm_head"] = {"kernel": read.array("lm_head.weight", config.d_vocab, d_model, turned=True)}
+        params["lm_head"] = {"kernel": names.array("lm_head.weight", config.d_vocab, d_model, turned=True)}
     return params
 
 

@@ -31,11 +31,13 @@ import numpy as np
 
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.upstream import ModelConfig, Upstream
+from interp_jax.models.weights import layout
 from interp_jax.patches import flax_attention, transformers_flax, transformers_stacked
 from interp_jax.transforms.patcher import Patcher, PatchSet
 
 if TYPE_CHECKING:
-    from interp_jax.models.weights.checkpoint import Checkpoint, Intake
+    from interp_jax.models.weights.checkpoint import Checkpoint
+    from interp_jax.models.weights.layout import Placement, Stored
 
 MODULE = "transformers.models.llama.modeling_flax_llama"
 
@@ -234,13 +236,16 @@ STACKED_PATCH_SET = dataclasses.replace(
 )
 
 
-def from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = "float32", stacked: bool = False) -> LanguageModel:
+def from_checkpoint(
+    checkpoint: Checkpoint, *, dtype: Any = "float32", stacked: bool = False, sharding: Placement | None = None
+) -> LanguageModel:
     """A `LanguageModel` from the files of a Llama.
 
     Args:
         checkpoint: Configuration, weights and tokenizer in the Hugging Face convention.
         dtype: Of parameters and computation: float32, bfloat16 or float16.
         stacked: Whether to hold the layers as one subtree and run them as a scan.
+        sharding: Where the parameters go; see `interp_jax.models.loading.load`.
 
     Returns:
         The model.
@@ -263,7 +268,7 @@ def from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = "float32", stacked: 
         },
         divides=[("num_attention_heads", "hidden_size"), ("num_key_value_heads", "num_attention_heads")],
     )
-    return read(checkpoint, _build, settings, dtype=dtype, stacked=stacked)
+    return read(checkpoint, _build, settings, dtype=dtype, stacked=stacked, sharding=sharding)
 
 
 def read(
@@ -273,6 +278,7 @@ def read(
     *,
     dtype: Any,
     stacked: bool,
+    sharding: Placement | None,
 ) -> LanguageModel:
     """The model of a checkpoint whose configuration has been checked; its weights are named as Llama's.
 
@@ -282,6 +288,7 @@ def read(
         settings: The configuration keys upstream gets.
         dtype: Of parameters and computation.
         stacked: Whether the layers are stacked.
+        sharding: Where the parameters go.
 
     Returns:
         The model.
@@ -291,10 +298,10 @@ def read(
         LoadError: Weights that do not fit the configuration.
     """
     upstream, config = build(json.dumps(settings, sort_keys=True), transformers_flax.dtype_name(dtype), stacked)
-    is_biased = bool(settings.get("attention_bias"))
     ignorable = ("*.rotary_emb.inv_freq", *(("lm_head.weight",) if config.is_tied else ()))
     with checkpoint.intake(ignorable=ignorable, optional_prefix="model.") as intake:
-        params = _params(intake, config, is_biased=is_biased, layers=_layers(config, stacked))
+        assert upstream.layout is not None
+        params = layout.read(upstream.layout(), intake, dtype=config.dtype, sharding=sharding)
     return LanguageModel(
         config=config,
         params=params,
@@ -359,6 +366,7 @@ def upstream_of(
         window=getattr(hf, "sliding_window", None),
     )
     layers = _layers(config, stacked)
+    is_biased = getattr(hf, "attention_bias", False)
 
     def empty_cache(batch: int, length: int) -> Any:
         def layer() -> Any:
@@ -383,8 +391,9 @@ def upstream_of(
         name=f"transformers_{name}",
         patch_set=patch_set,
         weights=_weights(config),
-        layer_weights=_layer_weights(config, is_biased=getattr(hf, "attention_bias", False)),
+        layer_weights=_layer_weights(config, is_biased=is_biased),
         layer_params=layers.params,
+        layout=lambda: _layout(config, is_biased=is_biased, layers=layers),
         stacked_layers=layers.groups if stacked else None,
         restacked=restacked,
         restack=_layers(config, not stacked).restack,
@@ -397,22 +406,20 @@ def _layers(config: ModelConfig, stacked: bool) -> transformers_stacked.Layers:
     return transformers_stacked.Layers(("model", "layers"), config.n_layers, stacked)
 
 
-def _params(
-    intake: Intake, config: ModelConfig, *, is_biased: bool, layers: transformers_stacked.Layers
-) -> dict[str, Any]:
-    """Upstream's parameters, from tensors in the layout of torch's `Linear`, `[out, in]`."""
+def _layout(config: ModelConfig, *, is_biased: bool, layers: transformers_stacked.Layers) -> dict[str, Any]:
+    """Upstream's parameters, as tensors in the layout of torch's `Linear`, `[out, in]`."""
     d_model, d_mlp = config.d_model, config.d_mlp
     d_q, d_kv = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
-    read = transformers_stacked.Reader(intake, config.dtype, layers)
+    names = transformers_stacked.Names(layers)
 
-    def dense(name: str, d_out: int, d_in: int, *, bias: bool = False) -> dict[str, jax.Array]:
-        params = {"kernel": read.array(f"{name}.weight", d_out, d_in, turned=True)}
-        return params | ({"bias": read.array(f"{name}.bias", d_out)} if bias else {})
+    def dense(name: str, d_out: int, d_in: int, *, bias: bool = False) -> dict[str, Stored]:
+        params = {"kernel": names.array(f"{name}.weight", d_out, d_in, turned=True)}
+        return params | ({"bias": names.array(f"{name}.bias", d_out)} if bias else {})
 
     def layer(at: str) -> dict[str, Any]:
         return {
-            "input_layernorm": {"weight": read.array(f"{at}.input_layernorm.weight", d_model)},
-            "post_attention_layernorm": {"weight": read.array(f"{at}.post_attention_layernorm.weight", d_model)},
+            "input_layernorm": {"weight": names.array(f"{at}.input_layernorm.weight", d_model)},
+            "post_attention_layernorm": {"weight": names.array(f"{at}.post_attention_layernorm.weight", d_model)},
             "self_attn": {
                 "q_proj": dense(f"{at}.self_attn.q_proj", d_q, d_model, bias=is_biased),
                 "k_proj": dense(f"{at}.self_attn.k_proj", d_kv, d_model, bias=is_biased),
@@ -428,9 +435,9 @@ def _params(
 
     params: dict[str, Any] = {
         "model": {
-            "embed_tokens": {"embedding": read.array("model.embed_tokens.weight", config.d_vocab, d_model)},
-            "layers": read.layers(layer, "model.layers.{}"),
-            "norm": {"weight": read.array("model.norm.weight", d_model)},
+            "embed_tokens": {"embedding": names.array("model.embed_tokens.weight", config.d_vocab, d_model)},
+            "layers": names.layers(layer, "model.layers.{}"),
+            "norm": {"weight": names.array("model.norm.weight", d_model)},
         }
     }
     if not config.is_tied:

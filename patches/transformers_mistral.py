@@ -34,6 +34,7 @@ from interp_jax.transforms.patcher import Patcher, PatchSet
 
 if TYPE_CHECKING:
     from interp_jax.models.weights.checkpoint import Checkpoint
+    from interp_jax.models.weights.layout import Placement
 
 MODULE = "transformers.models.mistral.modeling_flax_mistral"
 
@@ -165,13 +166,16 @@ STACKED_PATCH_SET = dataclasses.replace(
 )
 
 
-def from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = "float32", stacked: bool = False) -> LanguageModel:
+def from_checkpoint(
+    checkpoint: Checkpoint, *, dtype: Any = "float32", stacked: bool = False, sharding: Placement | None = None
+) -> LanguageModel:
     """A `LanguageModel` from the files of a Mistral.
 
     Args:
         checkpoint: Configuration, weights and tokenizer in the Hugging Face convention.
         dtype: Of parameters and computation: float32, bfloat16 or float16.
         stacked: Whether to hold the layers as one subtree and run them as a scan.
+        sharding: Where the parameters go; see `interp_jax.models.loading.load`.
 
     Returns:
         The model.
@@ -194,7 +198,7 @@ def from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = "float32", stacked: 
     # None says that there is no window; a missing key, that it is the default.
     if "sliding_window" in checkpoint.config:
         settings["sliding_window"] = checkpoint.config["sliding_window"]
-    return transformers_llama.read(checkpoint, _build, settings, dtype=dtype, stacked=stacked)
+    return transformers_llama.read(checkpoint, _build, settings, dtype=dtype, stacked=stacked, sharding=sharding)
 
 
 # One Upstream per configuration, so that a model loaded twice compiles once.

@@ -77,6 +77,7 @@ class LanguageModel:
         tokenizer: Text to tokens and back, if there is one.
         name: What to call it.
         source: Where the weights came from.
+        config_json: The keys of the `config.json` it was loaded with, for export; None if there was none.
     """
 
     upstream: Upstream
@@ -85,6 +86,7 @@ class LanguageModel:
     tokenizer: Tokenizer | None = None
     name: str = ""
     source: str = ""
+    config_json: Mapping[str, Any] | None = None
 
     W_E = _weight("W_E", "Token embedding, `[d_vocab, d_model]`.")
     W_pos = _weight("W_pos", "Position embedding, `[n_ctx, d_model]`.")

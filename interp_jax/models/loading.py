@@ -36,11 +36,13 @@ from interp_jax.models.weights.fetching import WheelFile, fetched
 
 if TYPE_CHECKING:
     from interp_jax.models.language_model import LanguageModel
+    from interp_jax.models.weights.layout import Placement
 
 # `model_type` of a Hugging Face config, and the patch set of the upstream code that runs such a model.
 FAMILIES: Mapping[str, str] = {
     "gpt2": "interp_jax.patches.transformers_gpt2",
     "llama": "interp_jax.patches.transformers_llama",
+    "gpt_neox": "interp_jax.patches.penzai_gpt_neox",
     "mistral": "interp_jax.patches.transformers_mistral",
 }
 
@@ -58,7 +60,13 @@ PUBLISHED: Mapping[str, WheelFile] = {
 }
 
 
-def load(name_or_path: str | os.PathLike[str], *, dtype: Any = jnp.float32, stacked: bool = False) -> LanguageModel:
+def load(
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: Any = jnp.float32,
+    stacked: bool = False,
+    sharding: Placement | None = None,
+) -> LanguageModel:
     """Load a language model with its weights and tokenizer.
 
     Args:
@@ -67,6 +75,10 @@ def load(name_or_path: str | os.PathLike[str], *, dtype: Any = jnp.float32, stac
             cache, such as "gpt2".
         dtype: The floating point type the weights are kept and computed in.
         stacked: Whether to hold the layers as one subtree and run them as a scan; `lm.stacked()` does it afterwards.
+        sharding: Where the parameters go: a `jax.sharding.Mesh`, over which they are spread (along each of its axes
+            the longest axis of a parameter that it divides, never the layer axis; vectors everywhere), one `Sharding`
+            for all, or a function `(name, shape) -> Sharding`, where `name` is that of the tensor in the file, with
+            "{}" for the number of the layer if layers are stacked. By default the default device.
 
     Returns:
         The model.
@@ -74,7 +86,8 @@ def load(name_or_path: str | os.PathLike[str], *, dtype: Any = jnp.float32, stac
     Raises:
         LoadError: There is no such model here, or its files are damaged or contradict each other.
         UnsupportedModelError: No patch set covers its family or its configuration.
-        InvalidInputError: `name_or_path` is no name or path, or `dtype` is not floating point.
+        InvalidInputError: `name_or_path` is no name or path, `dtype` is not floating point, or `sharding` no sharding.
+        ShapeError: A sharding does not fit its parameter.
     """
     if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
         raise InvalidInputError(
@@ -85,7 +98,28 @@ def load(name_or_path: str | os.PathLike[str], *, dtype: Any = jnp.float32, stac
                 fix="pass jnp.float32, jnp.bfloat16 or jnp.float16.",
             )
         )
-    checkpoint = read_checkpoint(name_or_path)
+    lm = from_checkpoint(read_checkpoint(name_or_path), dtype=dtype, stacked=stacked, sharding=sharding)
+    return dataclasses.replace(lm, name=Path(name_or_path).name)
+
+
+def from_checkpoint(
+    checkpoint: Checkpoint, *, dtype: Any = jnp.float32, stacked: bool = False, sharding: Placement | None = None
+) -> LanguageModel:
+    """The model of a checkpoint, by the patch set of its family.
+
+    Args:
+        checkpoint: Configuration, weights and tokenizer in the Hugging Face convention.
+        dtype: As in `load`.
+        stacked: As in `load`.
+        sharding: As in `load`.
+
+    Returns:
+        The model.
+
+    Raises:
+        UnsupportedModelError: No patch set covers its family or its configuration.
+        LoadError: Weights that do not fit the configuration.
+    """
     if checkpoint.family not in FAMILIES:
         raise UnsupportedModelError(
             four_part(
@@ -97,8 +131,8 @@ def load(name_or_path: str | os.PathLike[str], *, dtype: Any = jnp.float32, stac
             )
         )
     family = importlib.import_module(FAMILIES[checkpoint.family])
-    lm = family.from_checkpoint(checkpoint, dtype=dtype, stacked=stacked)
-    return dataclasses.replace(lm, name=Path(name_or_path).name)
+    lm = family.from_checkpoint(checkpoint, dtype=dtype, stacked=stacked, sharding=sharding)
+    return dataclasses.replace(lm, config_json=checkpoint.config)
 
 
 def read_checkpoint(name_or_path: str | os.PathLike[str]) -> Checkpoint:

@@ -5,7 +5,6 @@ Source: interp_jax.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, cast
 
 import jax
@@ -20,7 +19,7 @@ from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.loading import load
 from interp_jax.models.upstream import Upstream
 from interp_jax.patches import transformers_gpt2, transformers_llama
-from interp_jax.patches.transformers_stacked import Reader, scan_blocks
+from interp_jax.patches.transformers_stacked import scan_blocks
 from interp_jax.transforms.compilations import count_compilations
 from tests.conftest import ORACLES, TINY
 from tests.patches.test_transformers_flax import checkpoint
@@ -231,24 +230,6 @@ def test_missing_weights_of_a_layer_are_told(family: str, rng: np.random.Generat
     name = {"gpt2": "transformer.h.1.ln_2.bias", "llama": "model.layers.1.mlp.up_proj.weight"}[family]
     with pytest.raises(LoadError, match=rf"missing \(1\): {name}"):
         FAMILIES[family].from_checkpoint(checkpoint(family, rng, without=name), stacked=True)
-
-
-def test_a_stacked_array_is_not_copied_on_a_cpu() -> None:
-    class OneTensor:
-        def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-            return np.full(shape, float(name), np.float32)
-
-    config = load(ORACLES / "tiny_llama").config
-    assert config is not None
-    layers = dataclasses.replace(transformers_llama._layers(config, True), n_layers=4)
-    given: list[np.ndarray] = []
-    with pytest.MonkeyPatch.context() as patch:
-        put = jax.device_put
-        patch.setattr(jax, "device_put", lambda array: given.append(array) or put(array))
-        array = Reader(OneTensor(), "float32", layers).array("{}", 3, 100, turned=True)  # type: ignore[arg-type]
-    assert array.shape == (4, 100, 3)
-    np.testing.assert_array_equal(array[:, 0, 0], [0, 1, 2, 3])
-    assert array.unsafe_buffer_pointer() == given[0].ctypes.data
 
 
 @pytest.mark.parametrize("option", ["output_attentions", "output_hidden_states", "deterministic"])

@@ -21,8 +21,10 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -55,6 +57,9 @@ NEUTRAL_KEYS = frozenset(
 # fmt: on
 
 
+_PIECE_BYTES = 4 << 20  # of a tensor that are in memory at once, where it can be read in pieces
+
+
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
     """A tensor in a file: its shape and dtype are known, its values are not in memory.
@@ -63,11 +68,56 @@ class LazyTensor:
         shape: Its shape.
         dtype: The dtype it has once read.
         read: Reads its values.
+        read_rows: Reads those with `start <= index < stop` on the first axis; None if only the whole can be read.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    read_rows: Callable[[int, int], np.ndarray] | None = None
+
+    def rows(self) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+        """The values, some rows at a time, and which rows they are (nothing for a whole that has none)."""
+        n_bytes = math.prod(self.shape) * self.dtype.itemsize
+        if self.read_rows is None or n_bytes <= _PIECE_BYTES:
+            yield (), self.read()
+            return
+        step = max(1, _PIECE_BYTES * self.shape[0] // n_bytes)
+        for start in range(0, self.shape[0], step):
+            stop = min(start + step, self.shape[0])
+            yield (slice(start, stop),), self.read_rows(start, stop)
+
+
+def read_values(path: Path, dtype: np.dtype, n: int, start: int) -> np.ndarray:
+    """Values that lie in a file one after the other.
+
+    Args:
+        path: The file.
+        dtype: Their dtype.
+        n: How many there are.
+        start: The byte at which they begin.
+
+    Returns:
+        The values, `[n]`.
+
+    Raises:
+        LoadError: The file ends before, or cannot be read.
+    """
+    try:
+        values = np.fromfile(path, dtype, count=n, offset=start)
+        if len(values) == n:
+            return values
+        fault = f"it ends after {path.stat().st_size:,} bytes, but values reach to byte {start + n * dtype.itemsize:,}"
+    except OSError as error:
+        fault = str(error)
+    raise LoadError(
+        four_part(
+            f"Weight file {path.name} changed while it was read ({fault})",
+            where=str(path.parent),
+            expected="a file that stays as it is until the model is loaded.",
+            fix="wait until the download has ended, and load again.",
+        )
+    )
 
 
 class Tensors(Mapping[str, np.ndarray]):
@@ -92,12 +142,17 @@ class Tensors(Mapping[str, np.ndarray]):
         """
         entries = {}
         for name, array in arrays.items():
-            entries[name] = LazyTensor(array.shape, array.dtype, lambda array=array: array)
+            read_rows = (lambda start, stop, array=array: array[start:stop]) if array.ndim else None
+            entries[name] = LazyTensor(array.shape, array.dtype, lambda array=array: array, read_rows)
         return cls(entries)
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The values of tensor `name`, read now."""
         return self._entries[name].read()
+
+    def rows(self, name: str) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+        """The values of tensor `name`, some rows at a time, and which rows they are."""
+        return self._entries[name].rows()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -195,6 +250,7 @@ class Intake:
         self._tensors = checkpoint.tensors
         self._ignorable = ignorable
         self._prefix = optional_prefix
+        self._order = {name: i for i, name in enumerate(checkpoint.tensors)}
         self._taken: set[str] = set()
         self._missing: list[str] = []
         self._misfits: list[tuple[str, str]] = []  # (name, what is wrong with it)
@@ -209,23 +265,40 @@ class Intake:
         Returns:
             The values; zeros once something did not fit, since the report at the end will stop the load anyway.
         """
-        found = self._find(name)
+        pieces = list(self.rows(name, shape, is_whole=True))
+        return pieces[0][1] if pieces else np.broadcast_to(np.float32(0), shape)
+
+    def rows(
+        self, name: str, shape: tuple[int, ...], *, dtype: np.dtype | None = None, is_whole: bool = False
+    ) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+        """The values of tensor `name`, some rows at a time.
+
+        Args:
+            name: Its canonical name.
+            shape: The shape the configuration implies.
+            dtype: What the values will be cast to: one too large for it is an offender.
+            is_whole: Whether to give them all at once.
+
+        Yields:
+            Which rows these are, `()` for all there are, and their values in the dtype of the file. Nothing once
+            something did not fit.
+        """
+        found = self._claim(name, tuple(shape))
         if found is None:
-            self._missing.append(name)
-        else:
-            self._taken.add(found)
-            dtype = self._tensors.dtype(found)
-            if self._tensors.shape(found) != tuple(shape):
-                self._misfits.append((found, f"has shape {self._tensors.shape(found)}, expected {tuple(shape)}"))
-            elif not _is_float(dtype):
-                self._misfits.append((found, f"has dtype {dtype}, expected floating point"))
-        if found is None or self._missing or self._misfits:
-            return np.broadcast_to(np.float32(0), shape)
-        values = self._tensors[found]
-        n_wrong = values.size - int(np.count_nonzero(np.isfinite(values)))
+            return
+        limit = None if dtype is None else float(_finfo(dtype).max)
+        n_wrong = 0
+        for rows, values in [((), self._tensors[found])] if is_whole else self._tensors.rows(found):
+            n_wrong += _n_beyond(values, limit)
+            yield rows, values
         if n_wrong:
-            self._misfits.append((found, f"has {n_wrong:,} values that are not finite"))
-        return values
+            reason = "not finite" if dtype is None else f"not finite, or too large for {dtype.name}"
+            self._misfits.append((found, f"has {n_wrong:,} values that are {reason}"))
+
+    def position(self, name: str) -> int:
+        """How far into the files tensor `name` lies, counted in tensors; one that is missing comes last."""
+        found = self._find(name)
+        return len(self._order) if found is None else self._order[found]
 
     def take_if_present(self, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
         """As `take`, but None when there is no such tensor (an untied `lm_head.weight`, an optional bias).
@@ -284,6 +357,20 @@ class Intake:
         if error is None or self._missing or self._misfits:
             self.finish()
 
+    def _claim(self, name: str, shape: tuple[int, ...]) -> str | None:
+        """The name under which the file holds tensor `name`, noted as taken; None once something did not fit."""
+        found = self._find(name)
+        if found is None:
+            self._missing.append(name)
+            return None
+        self._taken.add(found)
+        dtype = self._tensors.dtype(found)
+        if self._tensors.shape(found) != shape:
+            self._misfits.append((found, f"has shape {self._tensors.shape(found)}, expected {shape}"))
+        elif not _is_float(dtype):
+            self._misfits.append((found, f"has dtype {dtype}, expected floating point"))
+        return None if self._missing or self._misfits else found
+
     def _find(self, name: str) -> str | None:
         """The name under which the file holds tensor `name`."""
         candidates = [name]
@@ -295,6 +382,24 @@ class Intake:
 def _is_float(dtype: np.dtype) -> bool:
     """Whether values of `dtype` are floating point, ml_dtypes' bfloat16 and float8 included."""
     return np.issubdtype(dtype, np.floating) or dtype.name.startswith(("bfloat", "float"))
+
+
+def _finfo(dtype: np.dtype) -> Any:
+    """`np.finfo`, for bfloat16 and its like too."""
+    import ml_dtypes
+
+    return ml_dtypes.finfo(dtype)
+
+
+def _n_beyond(values: np.ndarray, limit: float | None) -> int:
+    """How many values are not finite, or beyond the limit."""
+    limit = float(_finfo(values.dtype).max) if limit is None else limit
+    if values.dtype.itemsize < 4:
+        values = values.astype(np.float32)  # NumPy compares small types one by one
+    # NaN fails every comparison, so the ends tell whether there is anything to count.
+    if not values.size or (float(values.min()) >= -limit and float(values.max()) <= limit):
+        return 0
+    return values.size - int(np.count_nonzero(np.abs(values.astype(np.float64)) <= limit))
 
 
 def _grouped(names: Iterable[str]) -> str:

@@ -19,7 +19,6 @@ Source: llama.cpp, convert_hf_to_gguf.py (names, keys and permutation).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +90,7 @@ def read_checkpoint(path: Path, *, source: str | None = None) -> Checkpoint:
                     fix="download the file again, or convert the model again.",
                 )
             )
-        tensors[_hugging_face_name(name)] = LazyTensor(entry.shape, np.dtype(np.float32), _reader(file, name, n_heads))
+        tensors[_hugging_face_name(name)] = _lazy_tensor(file, name, n_heads)
     tokenizer = tokenizer_rules.from_gguf_metadata(file.metadata, source=source)
     return Checkpoint("llama", config, Tensors(tensors), tokenizer, source)
 
@@ -114,14 +113,12 @@ def unpermuted(rows: np.ndarray, *, n_heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
-def _reader(file: GgufFile, name: str, n_heads: int | None) -> Callable[[], np.ndarray]:
-    """What reads tensor `name` in Hugging Face's layout."""
-
-    def read() -> np.ndarray:
-        values = file.tensor(name)
-        return values if n_heads is None else unpermuted(values, n_heads=n_heads)
-
-    return read
+def _lazy_tensor(file: GgufFile, name: str, n_heads: int | None) -> LazyTensor:
+    """Tensor `name` in Hugging Face's layout."""
+    shape, dtype = file.entries[name].shape, np.dtype(np.float32)
+    if n_heads is not None:  # rows from all over: read whole
+        return LazyTensor(shape, dtype, lambda: unpermuted(file.tensor(name), n_heads=n_heads))
+    return LazyTensor(shape, dtype, lambda: file.tensor(name), lambda start, stop: file.rows(name, start, stop))
 
 
 def _hugging_face_name(name: str) -> str:

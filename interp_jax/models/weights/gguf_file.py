@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from interp_jax.core.errors import LoadError, UnsupportedModelError, four_part
+from interp_jax.models.weights.checkpoint import read_values
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
@@ -75,8 +76,27 @@ class GgufFile:
 
     def tensor(self, name: str) -> np.ndarray:
         """The values of tensor `name` as float32, in the layout of the file."""
+        return self.rows(name, 0, self.entries[name].shape[0])
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """The values of tensor `name` with `start <= index < stop` on the first axis, as float32.
+
+        Args:
+            name: The name the file gives it.
+            start: The first row.
+            stop: The row after the last.
+
+        Returns:
+            The values; nothing of the file stays in memory.
+
+        Raises:
+            LoadError: The file has become shorter since it was opened.
+        """
         entry = self.entries[name]
-        return dequantised(self.data[entry.start : entry.start + entry.n_bytes], entry.kind, entry.shape)
+        row_bytes = entry.n_bytes // max(1, entry.shape[0])
+        # Read, not mapped: pages of a mapped file would count as memory of this process.
+        data = read_values(self.path, np.dtype(np.uint8), (stop - start) * row_bytes, entry.start + start * row_bytes)
+        return dequantised(data, entry.kind, (stop - start, *entry.shape[1:]))
 
 
 def open_file(path: Path) -> GgufFile:

@@ -22,6 +22,7 @@ Source: https://huggingface.co/docs/safetensors (format); interp_jax (the checks
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ import numpy as np
 
 from interp_jax.core.errors import LoadError, UnsupportedModelError, closest, four_part, shorten
 from interp_jax.models import tokenizers as tokenizer_rules
-from interp_jax.models.weights.checkpoint import Checkpoint, LazyTensor, Tensors
+from interp_jax.models.weights.checkpoint import Checkpoint, LazyTensor, Tensors, read_values
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _OTHER_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "flax_model.msgpack", "tf_model.h5")
@@ -165,14 +166,19 @@ def _open_file(path: Path, names: set[str] | None) -> dict[str, LazyTensor]:
                 fix="download the index and the weight files again, from one revision of the model.",
             )
         )
+    # The library checked the file; it is read without it, since what it maps counts as memory of this process.
+    with path.open("rb") as stream:
+        n_header = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(n_header))
     tensors, strange = {}, []
-    for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-        header = file.get_slice(name)
-        dtype = _DTYPES.get(header.get_dtype())
-        if dtype is None:
-            strange.append(f"{name} ({header.get_dtype()})")
+    for name, entry in sorted(header.items(), key=lambda item: item[1].get("data_offsets", [])):
+        if name == "__metadata__":
             continue
-        tensors[name] = LazyTensor(tuple(header.get_shape()), dtype, lambda name=name: file.get_tensor(name))
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            strange.append(f"{name} ({entry['dtype']})")
+            continue
+        tensors[name] = _lazy_tensor(path, dtype, tuple(entry["shape"]), 8 + n_header + entry["data_offsets"][0])
     if strange:
         raise UnsupportedModelError(
             four_part(
@@ -183,6 +189,21 @@ def _open_file(path: Path, names: set[str] | None) -> dict[str, LazyTensor]:
             )
         )
     return tensors
+
+
+def _lazy_tensor(path: Path, dtype: np.dtype, shape: tuple[int, ...], start: int) -> LazyTensor:
+    """The tensor that begins at byte `start` of a file."""
+    row_shape = shape[1:]
+    n_row = math.prod(row_shape)
+
+    def read() -> np.ndarray:
+        return read_values(path, dtype, math.prod(shape), start).reshape(shape)
+
+    def read_rows(first: int, stop: int) -> np.ndarray:
+        values = read_values(path, dtype, (stop - first) * n_row, start + first * n_row * dtype.itemsize)
+        return values.reshape(stop - first, *row_shape)
+
+    return LazyTensor(shape, dtype, read, read_rows if shape else None)
 
 
 def _read_object(path: Path) -> dict[str, Any]:
