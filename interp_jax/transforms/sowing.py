@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend import source_info_util
-from jax.extend.core import Primitive, no_effects
+from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from interp_jax.core.errors import InvalidInputError, four_part
@@ -45,6 +45,7 @@ from interp_jax.core.errors import InvalidInputError, four_part
 source_info_util.register_exclusion(__file__)
 
 SITE_TAG = "site"
+NO_EFFECTS: frozenset[Any] = frozenset()
 MODES = ("strict", "append", "clobber", "cond_clobber")
 
 
@@ -319,7 +320,7 @@ def _batch(operands: Sequence[Any], axes: Sequence[int | None], **params: Any) -
 
 
 def _abstract(*operands: Any, **params: Any) -> tuple[list[Any], Any]:
-    return _identity(*operands, **params), kept() if HARVESTING.get() else no_effects
+    return _identity(*operands, **params), kept() if HARVESTING.get() else NO_EFFECTS
 
 
 @functools.cache
