@@ -5,15 +5,18 @@
 transformers' torch Llama:
 
 - the rotary base is 10000 whatever the configuration says, and its table of sines for all of n_ctx is built, and
-  compiled in as a constant, once per layer: angles are computed from the positions at hand, with `rope_theta`;
+  compiled in as a constant, once per layer: angles are computed from the positions at hand, with `rope_theta` and
+  `rope_scaling` (linear, dynamic, llama3);
+- heads are d_model / n_heads wide whatever `head_dim` says: they are as wide as it says;
 - each layer builds a causal mask of n_ctx x n_ctx (67 million entries for SmolLM2): only the block in use is built;
 - tied embeddings are not tied: the unembedding attends with the embedding, and needs no second copy of it.
 
 >>> sorted(REQUIRED_KEYS & {"rope_theta", "hidden_size"})
 ['hidden_size']
 
-Sharp edges: `rope_scaling`, biases in the MLP, and head sizes other than d_model / n_heads do not exist in upstream
-and are refused. `k`, `v` and `rot_k` have `n_kv_heads` heads; upstream repeats them after the sites.
+Sharp edges: biases in the MLP and other scalings of the rotary embedding (yarn, longrope) do not exist in upstream
+and are refused. Under `dynamic` scaling the context is `factor` times as long as `max_position_embeddings`. `k`, `v`
+and `rot_k` have `n_kv_heads` heads; upstream repeats them after the sites.
 
 Source: transformers.models.llama.modeling_flax_llama; transformers' torch Llama for what is mended.
 """
@@ -27,12 +30,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.upstream import ModelConfig, Upstream
 from interp_jax.models.weights import layout
-from interp_jax.patches import flax_attention, transformers_flax, transformers_stacked
+from interp_jax.patches import flax_attention, rotary, transformers_flax, transformers_stacked
 from interp_jax.transforms.patcher import Patcher, PatchSet
 
 if TYPE_CHECKING:
@@ -68,28 +70,6 @@ HANDLED_KEYS = REQUIRED_KEYS | frozenset(
 )
 # Dropout is for training, tensor parallelism for speed; `is_llama_config` is a remark in SmolLM's files.
 IGNORABLE_KEYS = frozenset({"attention_dropout", "pretraining_tp", "is_llama_config", "transformers.js_config"})
-
-
-def rotary_frequencies(theta: float, d_head: int) -> np.ndarray:
-    """Radians per position by which each component of a head turns; components i and i + d_head/2 turn together.
-
-    f_i = f_(i + d_head/2) = theta^(-2 i / d_head),    i = 0 ... d_head/2 - 1
-
-    Args:
-        theta: The rotary base, `rope_theta`.
-        d_head: Size of a head.
-
-    Returns:
-        Frequencies, float32, `[d_head]`.
-    """
-    return _rotary_frequencies(float(theta), d_head)
-
-
-# One array per configuration, so that all layers refer to one constant.
-@functools.lru_cache(maxsize=32)
-def _rotary_frequencies(theta: float, d_head: int) -> np.ndarray:
-    exponents = np.arange(0, d_head, 2, dtype=np.float32) / np.float32(d_head)
-    return np.tile(np.float32(1.0) / np.float32(theta) ** exponents, 2)
 
 
 TAGS = Patcher(
@@ -173,13 +153,14 @@ LAYER_SCAN = Patcher(
     names={"scan_blocks": transformers_stacked.scan_blocks},
 )
 
+MEND_NAMES = {"frequencies_of": rotary.frequencies_of, "head_size": rotary.head_size}
 MENDS = Patcher(
     MODULE,
     {
         "FlaxLlamaRotaryEmbedding.setup": [
             (
                 "self.sincos = create_sinusoidal_positions(self.config.max_position_embeddings, head_dim)",
-                "self.frequencies = rotary_frequencies(self.config.rope_theta, head_dim)",
+                "self.sincos = None",
             ),
         ],
         "FlaxLlamaRotaryEmbedding.__call__": [
@@ -189,12 +170,16 @@ MENDS = Patcher(
                 sin_pos, cos_pos = jnp.split(sincos, 2, axis=-1)
                 """,
                 """
-                angles = position_ids[:, :, None, None].astype(jnp.float32) * self.frequencies
+                angles = position_ids[:, :, None, None].astype(jnp.float32) * frequencies_of(self.config, position_ids)
                 sin_pos, cos_pos = jnp.sin(angles), jnp.cos(angles)
                 """,
             ),
         ],
-        "FlaxLlamaAttention.setup": [transformers_flax.NO_MASK_IN_SETUP],
+        "FlaxLlamaAttention.setup": [
+            transformers_flax.NO_MASK_IN_SETUP,
+            ("self.head_dim = self.embed_dim // self.num_heads", "self.head_dim = head_size(config)"),
+        ],
+        "FlaxLlamaAttention._merge_heads": [("(self.embed_dim,)", "(-1,)")],
         "FlaxLlamaAttention.__call__": list(transformers_flax.MASK_BLOCK_IN_CALL),
         "FlaxLlamaForCausalLMModule.__call__": [
             (
@@ -208,7 +193,7 @@ MENDS = Patcher(
             ),
         ],
     },
-    names={"rotary_frequencies": rotary_frequencies},
+    names=MEND_NAMES,
 )
 
 # What the patches were written against: transformers 4.57.6.
@@ -216,6 +201,7 @@ DIGESTS = {
     "FlaxLlamaRotaryEmbedding.setup": "528009089a5ac517850f452366e2a249414639f62b6c51fab3087a3134d62987",
     "FlaxLlamaRotaryEmbedding.__call__": "8e51d53406601865533661e936e3847131f23372ed737c90d5e62dc796feec6d",
     "FlaxLlamaAttention.setup": "c7ac02645712a7d8d66809a58c862a343237429a89162c2bdb58e6f02cee193c",
+    "FlaxLlamaAttention._merge_heads": "f3b2200b0a20c8ebc4966768d0a568e0e9e015942cb139d67fe38e0f674305ce",
     "FlaxLlamaAttention.__call__": "c654aaf536d305b4574f1ee081cb125552dc4b45817a6022151809730123777a",
     "FlaxLlamaForCausalLMModule.__call__": "57590097089cb1bbb0f244dd3d0df8d90a67671ec11eb786e356eb032ed35494",
     "FlaxLlamaModule.__call__": "3168d8e145fef2237cf6412d4c975fe84ac0bc292f3e3824ffb35e4a2a72bcda",
@@ -263,11 +249,13 @@ def from_checkpoint(
             "hidden_act": transformers_flax.activations(),
             "mlp_bias": (False,),
             "rope_interleaved": (False,),
-            "rope_scaling": ({"rope_type": "default"}, {"type": "default"}),
-            "head_dim": (settings.get("hidden_size", 0) // max(settings.get("num_attention_heads", 1), 1),),
         },
-        divides=[("num_attention_heads", "hidden_size"), ("num_key_value_heads", "num_attention_heads")],
+        divides=[
+            *([] if "head_dim" in settings else [("num_attention_heads", "hidden_size")]),
+            ("num_key_value_heads", "num_attention_heads"),
+        ],
     )
+    rotary.check_scaling(checkpoint)
     return read(checkpoint, _build, settings, dtype=dtype, stacked=stacked, sharding=sharding)
 
 
@@ -352,10 +340,10 @@ def upstream_of(
         d_model=hf.hidden_size,
         n_heads=hf.num_attention_heads,
         n_kv_heads=hf.num_key_value_heads,
-        d_head=hf.hidden_size // hf.num_attention_heads,
+        d_head=rotary.head_size(hf),
         d_mlp=hf.intermediate_size,
         d_vocab=hf.vocab_size,
-        n_ctx=hf.max_position_embeddings,
+        n_ctx=rotary.n_ctx_of(hf),
         activation=hf.hidden_act,
         is_gated=True,
         is_tied=hf.tie_word_embeddings,

@@ -5,14 +5,14 @@ Where upstream copied, tags and mends are Llama's under Mistral's names; only at
 - a window of w lets a token look at w + 1 positions in upstream, at w in transformers' torch Mistral: it is w;
 - without a window (`sliding_window: null`, all newer models) upstream's mask leaves each token itself alone: it is
   causal;
+- heads are as wide as `head_dim` says (Mistral Nemo), not d_model / n_heads;
 - as in Llama, only the block of the mask that is in use is built.
 
 >>> print(causal_block(1, 2, 4, 2)[0, 0].astype(int))
 [[1 1 0 0]
  [0 1 1 0]]
 
-Sharp edges: heads whose size is not d_model / n_heads do not exist in upstream and are refused (Mistral Nemo). The
-key-value cache holds all positions, those outside the window too.
+Sharp edges: the key-value cache holds all positions, those outside the window too.
 
 Source: transformers.models.mistral.modeling_flax_mistral; transformers' torch Mistral for what is mended.
 """
@@ -126,7 +126,10 @@ MENDS = Patcher(
                 """,
                 "self.causal_mask = None",
             ),
+            ("self.head_dim = self.hidden_size // self.num_heads", "self.head_dim = head_size(config)"),
+            ("(self.head_dim * self.num_heads) != self.hidden_size", "False"),
         ],
+        "FlaxMistralAttention._merge_heads": [("(self.hidden_size,)", "(-1,)")],
         "FlaxMistralAttention.__call__": [
             (
                 "lax.dynamic_slice(self.causal_mask, (0, 0, mask_shift, 0), (1, 1, query_length, max_decoder_length))",
@@ -138,7 +141,7 @@ MENDS = Patcher(
             ),
         ],
     },
-    names={"rotary_frequencies": transformers_llama.rotary_frequencies, "causal_block": causal_block},
+    names={**transformers_llama.MEND_NAMES, "causal_block": causal_block},
 )
 
 # What the patches were written against: transformers 4.57.6.
@@ -147,6 +150,7 @@ DIGESTS = {
     "FlaxMistralRotaryEmbedding.__call__": "8e51d53406601865533661e936e3847131f23372ed737c90d5e62dc796feec6d",
     "FlaxMistralForCausalLMModule.__call__": "57590097089cb1bbb0f244dd3d0df8d90a67671ec11eb786e356eb032ed35494",
     "FlaxMistralAttention.setup": "208a2bf37e5dd16102c42c9b7c307366c66f09b6e9ae1f75cbd0c8b25a63a73c",
+    "FlaxMistralAttention._merge_heads": "6a8de62c0f18d1d61ef5edb39437d33a7fc67553c5cd516f9a66b4a1c25dc4ed",
     "FlaxMistralAttention.__call__": "d887f3403df7c3c94b296f0e2eb2f38975102f55909632bf6918e66312d339dc",
     "FlaxMistralModule.__call__": "3168d8e145fef2237cf6412d4c975fe84ac0bc292f3e3824ffb35e4a2a72bcda",
     "FlaxMistralDecoderLayer.__call__": "359f0a3c4d921f6b1c5b7fcb9e3b245a36706ff79c00fb1fa390e12a1b8a74af",
@@ -189,11 +193,11 @@ def from_checkpoint(
     transformers_flax.check_values(
         checkpoint,
         required=REQUIRED_KEYS,
-        allowed={
-            "hidden_act": transformers_flax.activations(),
-            "head_dim": (settings.get("hidden_size", 0) // max(settings.get("num_attention_heads", 1), 1),),
-        },
-        divides=[("num_attention_heads", "hidden_size"), ("num_key_value_heads", "num_attention_heads")],
+        allowed={"hidden_act": transformers_flax.activations()},
+        divides=[
+            *([] if "head_dim" in settings else [("num_attention_heads", "hidden_size")]),
+            ("num_key_value_heads", "num_attention_heads"),
+        ],
     )
     # None says that there is no window; a missing key, that it is the default.
     if "sliding_window" in checkpoint.config:

@@ -168,13 +168,6 @@ def test_upstream_ignores_the_rotary_base_and_the_mend_does_not(rng: np.random.G
     assert np.abs(np.asarray(mended[0]) - np.asarray(mended[1])).max() > 1e-3
 
 
-def test_rotary_frequencies() -> None:
-    frequencies = transformers_llama.rotary_frequencies(100.0, 4)
-    np.testing.assert_allclose(frequencies, [1, 0.1, 1, 0.1], rtol=1e-6)
-    assert frequencies.dtype == np.float32
-    assert transformers_llama.rotary_frequencies(100, 4) is frequencies
-
-
 def test_no_program_holds_a_mask_or_table_of_all_positions(family: str, rng: np.random.Generator) -> None:
     n_ctx = {"gpt2": "n_positions", "llama": "max_position_embeddings"}[family]
     lm = FAMILIES[family].from_checkpoint(checkpoint(family, rng, without="", **{n_ctx: 3001}))
@@ -299,12 +292,12 @@ def test_a_version_out_of_range_is_refused_before_anything_changes(family: str) 
 
 REFUSED = {
     "unknown key": ("llama", {"sliding_window": 4096}, UnsupportedModelError, "sliding_window=4096"),
-    "rotary scaling": ("llama", {"rope_scaling": {"rope_type": "llama3"}}, UnsupportedModelError, "rope_scaling={"),
+    "rotary scaling": ("llama", {"rope_scaling": {"rope_type": "yarn"}}, UnsupportedModelError, "its kind is 'yarn'"),
     "bias in the MLP": ("llama", {"mlp_bias": True}, UnsupportedModelError, "mlp_bias=True"),
-    "head size": ("llama", {"head_dim": 8}, UnsupportedModelError, "head_dim to be 4"),
+    "head size": ("llama", {"head_dim": 8}, LoadError, "q_proj.weight has shape (16, 16), expected (32, 16)"),
     "unknown nonlinearity": ("llama", {"hidden_act": "relu6"}, UnsupportedModelError, "hidden_act='relu6'"),
     "missing key": ("llama", {"rms_norm_eps": None}, UnsupportedModelError, "Configuration without rms_norm_eps"),
-    "several": ("llama", {"mlp_bias": True, "head_dim": 8}, UnsupportedModelError, "head_dim=8"),
+    "several": ("llama", {"mlp_bias": True, "hidden_act": "x"}, UnsupportedModelError, "hidden_act='x', mlp_bias=True"),
     "scaling by layer": (
         "gpt2", {"scale_attn_by_inverse_layer_idx": True}, UnsupportedModelError, "scale_attn_by_inverse_layer_idx=True"
     ),

@@ -151,7 +151,6 @@ def test_patch_sets_fit_what_is_installed() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"head_dim": 8}, "head_dim to be 6"),
         ({"num_key_value_heads": None}, "Configuration without num_key_value_heads"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling="),
         ({"hidden_act": "relu6"}, "hidden_act='relu6'"),
@@ -168,3 +167,5 @@ def test_refused(changes: dict[str, Any], words: str) -> None:
 def test_shapes_that_contradict_the_configuration() -> None:
     with pytest.raises(LoadError, match=r"mlp\.down_proj\.weight has shape"):
         transformers_mistral.from_checkpoint(altered(intermediate_size=41))
+    with pytest.raises(LoadError, match=r"self_attn\.q_proj\.weight has shape \(24, 24\), expected \(32, 24\)"):
+        transformers_mistral.from_checkpoint(altered(head_dim=8))
