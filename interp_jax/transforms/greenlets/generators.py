@@ -127,6 +127,13 @@ class GreenletGenerator(Generator[Any, Any, Any]):
         """Raises GeneratorExit at the `yield_` that the body waits at, and expects it to end."""
         return self._resume(self._driver.close)
 
+    def require_turn(self) -> None:
+        """Raises the InterleavingError that resuming it here and now would raise; moves no control."""
+        scope = current_scope()
+        scope.settle()
+        if self._driver.gi_suspended and (not scope.live or scope.live[-1] is not self._driver):
+            self._refuse(scope)
+
     def close_later(self) -> None:
         """Closes the generators that were started after it by the same code, the last first."""
         scope = current_scope()

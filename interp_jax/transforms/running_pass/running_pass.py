@@ -18,14 +18,18 @@ stops in its sows: slower, but for code JAX cannot trace and for values that cha
 Array([1., 1.], dtype=float32)
 
 Sharp edges: a new value keeps shape and dtype (the python engine lets shapes change). Values of a pass under jit,
-grad or vmap belong to that transform, as everywhere in JAX. Leaving the loop by `break` abandons the pass; with the
-python engine under a trace use `with run(...) as running_pass:`, which closes it at once.
+grad or vmap belong to that transform, as everywhere in JAX. Leaving the loop, by `break` or an exception, abandons
+the pass: the python engine unwinds the function's stack at once; the compiled engine, which holds nothing open, can
+still go on in a second loop (`zip` over two passes ends before the second has). A pass of the python engine that is
+stepped by `next` has to be closed, or used in `with run(...) as running_pass:`.
 
 Source: the loop of Mishax, with its own engine.
 """
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from collections.abc import Callable, Generator, Iterator
 from types import TracebackType
 from typing import Any
@@ -33,15 +37,17 @@ from typing import Any
 import jax
 
 from interp_jax.core.activations import SiteTable
-from interp_jax.core.errors import RunningPassError, UnknownNameError, four_part
+from interp_jax.core.errors import InterleavingError, RunningPassError, UnknownNameError, four_part
 from interp_jax.core.interventions import describe, same_form
 from interp_jax.core.sites import Selector, Site, select_sites, selector_parts
 from interp_jax.transforms.running_pass.compiled import KEEP, execute
 from interp_jax.transforms.running_pass.plan import build_plan, require_reachable
-from interp_jax.transforms.running_pass.python_engine import run_python
+from interp_jax.transforms.running_pass.python_engine import PythonSteps, run_python
 from interp_jax.transforms.tracing import Remembered, sites_of, trace_program
 
 ENGINES = ("compiled", "python")
+# Passes of the python engine that no `for` or `with` will end.
+_STEPPED_BY_HAND: weakref.WeakSet[PythonSteps] = weakref.WeakSet()
 
 _SITES = Remembered()
 _SELECTED = Remembered()
@@ -67,6 +73,8 @@ def run(
         UnknownNameError: The engine is unknown, or a selector matches no site.
     """
     name = getattr(fn, "__qualname__", None) or type(fn).__name__
+    for steps in list(_STEPPED_BY_HAND):
+        steps.warn_if_in_the_way()
     if engine == "compiled":
         return RunningPass(_compiled_steps(fn, args, kwargs, sites, name), name=name)
     if engine == "python":
@@ -133,9 +141,11 @@ class RunningPass:
 
     def __init__(self, steps: Generator[tuple[Site, Any], Any, Any], *, name: str, keeps_form: bool = True):
         self._steps = steps
+        self._stack = steps if isinstance(steps, PythonSteps) else None  # The call stack it holds open, if any.
+        self._ends_by_itself = False  # However a `for` or `with` is left, it ends the pass.
         self._name = name
         self._keeps_form = keeps_form
-        self._state = "not started"
+        self._stage = "not started"
         self._site: Site | None = None
         self._value: Any = None
         self._new: Any = _UNSET
@@ -144,33 +154,69 @@ class RunningPass:
         self._n_visited = 0
 
     def __iter__(self) -> Iterator[tuple[int | None, str, Any]]:
-        return self
+        """What a `for` loop holds on to; with the python engine, leaving the loop closes the pass.
+
+        Raises:
+            RunningPassError: The pass was abandoned, or failed.
+        """
+        if self._state in ("abandoned", "failed"):
+            raise RunningPassError(
+                four_part(
+                    f"A loop over a pass that was {self._described()}",
+                    where=f"the running pass of {self._name}",
+                    expected="a pass that has not ended before its last site.",
+                    fix="call run(...) again for a new pass.",
+                )
+            )
+        if self._stack is None:
+            return self
+        self._will_be_ended()
+        return _Visits(self)
 
     def __next__(self) -> tuple[int | None, str, Any]:
+        if self._stack is not None and not self._ends_by_itself:
+            _STEPPED_BY_HAND.add(self._stack)
+        return self._go_on()
+
+    def _will_be_ended(self) -> None:
+        self._ends_by_itself = True
+        if self._stack is not None:
+            _STEPPED_BY_HAND.discard(self._stack)
+
+    def _go_on(self) -> tuple[int | None, str, Any]:
         if self._state in ("finished", "failed", "abandoned"):
             raise StopIteration
-        new = None if self._state == "not started" else KEEP if self._new is _UNSET else self._new
+        if self._stack is not None:
+            self._stack.require_turn()
+            self._stack.require_trace()
+        new = None if self._stage == "not started" else KEEP if self._new is _UNSET else self._new
         self._leave_site()
-        self._state = "running"
+        self._stage = "running"
         try:
             site, value = self._steps.send(new)
         except StopIteration as stop:
-            self._state, self._result = "finished", stop.value
+            self._stage, self._result = "finished", stop.value
             raise StopIteration from None
         except BaseException as error:
-            self._state, self._error = "failed", error
+            self._stage, self._error = "failed", error
             raise
-        self._state, self._site, self._value = "at a site", site, value
+        self._stage, self._site, self._value = "at a site", site, value
         self._n_visited += 1
         return site.layer, site.name, value
 
+    @property
+    def _state(self) -> str:
+        """Where the pass stands. One begun before it may have closed it, and left it at its site."""
+        is_closed = self._stage == "at a site" and self._stack is not None and not self._stack.gi_suspended
+        return "abandoned" if is_closed else self._stage
+
     def _leave_site(self) -> None:
-        self._site, self._value, self._new = None, None, _UNSET
+        self._value, self._new = None, _UNSET
 
     @property
     def site(self) -> Site | None:
         """The site the pass is at, or None between sites and after the end."""
-        return self._site
+        return self._site if self._state == "at a site" else None
 
     @property
     def modified_value(self) -> Any:
@@ -239,23 +285,66 @@ class RunningPass:
         return self._result
 
     def close(self) -> None:
-        """Abandon the pass: what it holds is freed, and with the python engine its stack is unwound."""
+        """Abandon the pass: what it holds is freed, and with the python engine its stack is unwound.
+
+        Raises:
+            InterleavingError: The python engine was given another thread, or a pass begun later is suspended.
+        """
+        if self._stack is not None:
+            self._stack.require_turn()
         self._leave_site()
         if self._state in ("not started", "at a site", "running"):
-            self._state = "abandoned"
+            self._stage = "abandoned"
         self._steps.close()
 
     def __enter__(self) -> RunningPass:
+        self._will_be_ended()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._abandon()
+
+    def _abandon(self) -> None:
+        """Close the pass, and first those that were begun in the body of its loop."""
+        if self._stack is not None:
+            self._stack.close_later()
         self.close()
+
+    def _described(self) -> str:
+        """Its state, with the site at which it ended too early."""
+        state = self._state
+        if self._site is None or state not in ("abandoned", "failed"):
+            return state
+        return f"{state} {'at' if state == 'abandoned' else 'after'} {self._site}"
 
     def __repr__(self) -> str:
         at = ""
-        if self._site is not None:
+        if self._state == "at a site":
             leaves = jax.tree.leaves(self._value)
             at = f" {self._site} = {describe(leaves[0]) if len(leaves) == 1 else f'{len(leaves)} arrays'}"
-        return f"<running pass of {self._name}: {self._state}{at}, {self._n_visited} sites visited>"
+        return f"<running pass of {self._name}: {self._described()}{at}, {self._n_visited} sites visited>"
+
+
+class _Visits:
+    """What a `for` loop over a pass of the python engine holds: it is dropped where the loop is left.
+
+    Args:
+        running_pass: The pass.
+    """
+
+    def __init__(self, running_pass: RunningPass):
+        self._pass = running_pass
+
+    def __iter__(self) -> Iterator[tuple[int | None, str, Any]]:
+        return self
+
+    def __next__(self) -> tuple[int | None, str, Any]:
+        return self._pass._go_on()
+
+    def __del__(self) -> None:
+        if self._pass.site is not None:
+            # In another thread, or out of turn, the pass waits until it is collected itself.
+            with contextlib.suppress(InterleavingError):
+                self._pass._abandon()
