@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-ALL = ("light", "unlistened", "loop", "stacked")
+ALL = ("light", "unlistened", "loop", "harvest", "stacked")
 
 
 def main(names: list[str]) -> int:

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 import interp_jax as ij
 from interp_jax.models.weights.checkpoint import Checkpoint, Tensors
 from interp_jax.patches import transformers_gpt2, transformers_llama
+from interp_jax.transforms.layer_stack import scan_layers, stack_layers
+from interp_jax.transforms.sowing import layer_scope, sow
 
 
 @functools.cache
@@ -89,3 +94,47 @@ def smollm2_width(n_layers: int) -> ij.LanguageModel:
     tensors = {name: rng.standard_normal(shape, np.float32) * np.float32(0.02) for name, shape in shapes.items()}
     checkpoint = Checkpoint("llama", config, Tensors.from_arrays(tensors), tokenizer=None, source="random weights")
     return dataclasses.replace(transformers_llama.from_checkpoint(checkpoint), name=f"smollm2 width, {n_layers} layers")
+
+
+class PlainTransformer(NamedTuple):
+    """A transformer in plain JAX, 32 layers of width 256, and its parameters; random weights."""
+
+    forward: Callable[[Any, Any], Any]
+    params: Any
+
+
+def plain_transformer(*, is_stacked: bool, n_layers: int = 32, d_model: int = 256, n_heads: int = 4) -> Any:
+    """A model nobody tuned: attention and MLP as one writes them down, layers in a list or stacked for a scan."""
+    rng = np.random.default_rng(0)
+    shapes = dict.fromkeys("qkvo", (d_model, d_model)) | {
+        "in": (d_model, 4 * d_model),
+        "out": (4 * d_model, d_model),
+    }
+    layers = [
+        {name: jnp.asarray(rng.normal(0, 0.02, shape), jnp.float32) for name, shape in shapes.items()}
+        for _ in range(n_layers)
+    ]
+
+    def normalised(x: Any) -> Any:
+        x = x - x.mean(-1, keepdims=True)
+        return x / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
+
+    def block(x: Any, layer: Any) -> tuple[Any, None]:
+        x = sow(x, name="resid_pre")
+        batch, pos, _ = x.shape
+        q, k, v = ((normalised(x) @ layer[name]).reshape(batch, pos, n_heads, -1) for name in "qkv")
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(d_model // n_heads).astype(np.float32)
+        pattern = jax.nn.softmax(jnp.where(jnp.tril(jnp.ones((pos, pos), bool)), scores, -1e9))
+        x = x + jnp.einsum("bhqk,bkhd->bqhd", pattern, v).reshape(batch, pos, d_model) @ layer["o"]
+        return x + sow(jax.nn.gelu(normalised(x) @ layer["in"]) @ layer["out"], name="mlp_out"), None
+
+    if is_stacked:
+        return PlainTransformer(lambda params, x: scan_layers(block, x, params)[0], stack_layers(layers))
+
+    def unrolled(params: Any, x: Any) -> Any:
+        for i, layer in enumerate(params):
+            with layer_scope(i):
+                x, _ = block(x, layer)
+        return x
+
+    return PlainTransformer(unrolled, layers)
