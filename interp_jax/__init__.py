@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from interp_jax.core.activations import Activations as Activations
+    from interp_jax.core.errors import ExportError as ExportError
     from interp_jax.core.errors import InterleavingError as InterleavingError
     from interp_jax.core.errors import InterpError as InterpError
     from interp_jax.core.errors import InvalidInputError as InvalidInputError
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "interp_jax.core.activations": ("Activations",),
     "interp_jax.core.errors": (
+        "ExportError",
         "InterleavingError",
         "InterpError",
         "InvalidInputError",

@@ -54,6 +54,10 @@ class LoadError(InterpError, ValueError):
     """A model file that is missing, damaged, or not what its configuration says."""
 
 
+class ExportError(InterpError, OSError):
+    """Files that could not be written."""
+
+
 class UnsupportedModelError(InterpError, ValueError):
     """A model, or a part of one, that no patch set covers."""
 

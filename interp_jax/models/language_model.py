@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import html
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
@@ -54,6 +55,8 @@ from interp_jax.transforms import running_pass
 from interp_jax.transforms.compilations import counted_jit
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from interp_jax.models.check import CheckReport
     from interp_jax.models.generate import Generation
     from interp_jax.models.tokenizers import Tokenizer
@@ -353,6 +356,37 @@ class LanguageModel:
             The model; this one, if its layers are not stacked.
         """
         return self._restacked(donate=donate) if self.upstream.is_stacked else self
+
+    def export(
+        self, directory: str | os.PathLike[str], *, max_file_bytes: int = 5_000_000_000, overwrite: bool = False
+    ) -> Path:
+        """Write the model as a Hugging Face directory: config.json, safetensors, tokenizer. Whole or not at all.
+
+        Args:
+            directory: Where; it must not exist, or be empty, unless `overwrite`.
+            max_file_bytes: Weights beyond this are cut into several files with an index.
+            overwrite: Whether to replace a model directory that is there.
+
+        Returns:
+            The directory.
+
+        Raises:
+            UnsupportedModelError: It was not loaded from files, or its family cannot be written.
+            ShapeError: Its parameters are not those of its configuration.
+            InvalidInputError: `directory` holds something that is not to be replaced.
+            ExportError: It could not be written; nothing has changed.
+        """
+        from interp_jax.models.export import checkpoint_of, export
+
+        checkpoint = checkpoint_of(
+            self.upstream,
+            self.params,
+            config_json=self.config_json,
+            tokenizer=self.tokenizer,
+            source=self.source,
+            name=self._label,
+        )
+        return export(checkpoint, directory, max_file_bytes=max_file_bytes, overwrite=overwrite)
 
     def tokenize(self, text: str | Sequence[str], *, add_special_tokens: bool = True) -> np.ndarray:
         """Token ids of a text or of several, shorter ones padded on the left with `PAD`.

@@ -171,6 +171,10 @@ class Tensors(Mapping[str, np.ndarray]):
         """The dtype tensor `name` has once read, without reading it."""
         return self._entries[name].dtype
 
+    def n_bytes(self, name: str) -> int:
+        """The size of tensor `name` once read, without reading it."""
+        return math.prod(self.shape(name)) * self.dtype(name).itemsize
+
     def __repr__(self) -> str:
         n_values = sum(int(np.prod(entry.shape, dtype=np.int64)) for entry in self._entries.values())
         return f"Tensors({len(self)} tensors, {n_values:,} values, read on access)"

@@ -37,7 +37,7 @@ Placement = Sharding | Mesh | Rule
 
 
 def turned(tensor: np.ndarray) -> np.ndarray:
-    """The transpose: how a kernel lies that upstream holds as `[in, out]` and the file as `[out, in]`."""
+    """The transpose of a `tensor`: for a kernel that upstream holds as `[in, out]` and the file as `[out, in]`."""
     return tensor.T
 
 

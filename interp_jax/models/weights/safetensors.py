@@ -34,10 +34,10 @@ from interp_jax.core.errors import LoadError, UnsupportedModelError, closest, fo
 from interp_jax.models import tokenizers as tokenizer_rules
 from interp_jax.models.weights.checkpoint import Checkpoint, LazyTensor, Tensors, read_values
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _OTHER_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "flax_model.msgpack", "tf_model.h5")
 
-_DTYPES: Mapping[str, np.dtype] = {
+DTYPES: Mapping[str, np.dtype] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -85,14 +85,14 @@ def read_checkpoint(directory: Path, *, source: str | None = None) -> Checkpoint
 
 def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
     """The files of weights there are to read, and the tensors the index says are in each (None without an index)."""
-    if (directory / _SINGLE).exists():
-        return {directory / _SINGLE: None}
-    if (directory / _INDEX).exists():
-        weight_map = _read_object(directory / _INDEX).get("weight_map")
+    if (directory / SINGLE).exists():
+        return {directory / SINGLE: None}
+    if (directory / INDEX).exists():
+        weight_map = _read_object(directory / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise LoadError(
                 four_part(
-                    f"A {_INDEX} without weight_map",
+                    f"A {INDEX} without weight_map",
                     where=str(directory),
                     expected="for each tensor the file it is in.",
                     fix="download the file again.",
@@ -109,7 +109,7 @@ def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
                 four_part(
                     f"Missing weight files {shorten(lacking)} ({len(lacking)} of {len(files)})",
                     where=str(directory),
-                    expected=f"each file that {_INDEX} names.",
+                    expected=f"each file that {INDEX} names.",
                     fix="download the missing files, for example with `hf download <model> --local-dir <directory>`.",
                 )
             )
@@ -120,17 +120,17 @@ def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
             four_part(
                 f"Weights in {', '.join(others)}",
                 where=str(directory),
-                expected=f"weights in {_SINGLE} or {_INDEX}.",
+                expected=f"weights in {SINGLE} or {INDEX}.",
                 fix="convert them once: AutoModelForCausalLM.from_pretrained(directory).save_pretrained(directory).",
             )
         )
     found = sorted(path.name for path in directory.iterdir())
-    near = next((name for name in closest(_SINGLE, found) if name.endswith(".safetensors")), None)
+    near = next((name for name in closest(SINGLE, found) if name.endswith(".safetensors")), None)
     raise LoadError(
         four_part(
-            "No file of weights" + (f" (is {near!r} meant to be {_SINGLE!r}?)" if near else ""),
+            "No file of weights" + (f" (is {near!r} meant to be {SINGLE!r}?)" if near else ""),
             where=str(directory),
-            expected=f"{_SINGLE} or {_INDEX} beside config.json; there is {shorten(found)}.",
+            expected=f"{SINGLE} or {INDEX} beside config.json; there is {shorten(found)}.",
             fix="download the weights, for example with `hf download <model> --local-dir <directory>`.",
         )
     )
@@ -158,7 +158,7 @@ def _open_file(path: Path, names: set[str] | None) -> dict[str, LazyTensor]:
     if names is not None and names != found:
         raise LoadError(
             four_part(
-                f"Weight file {path.name} that does not hold what {_INDEX} says"
+                f"Weight file {path.name} that does not hold what {INDEX} says"
                 + f" (missing: {shorten(sorted(names - found)) or 'none'};"
                 + f" not in the index: {shorten(sorted(found - names)) or 'none'})",
                 where=str(path.parent),
@@ -174,7 +174,7 @@ def _open_file(path: Path, names: set[str] | None) -> dict[str, LazyTensor]:
     for name, entry in sorted(header.items(), key=lambda item: item[1].get("data_offsets", [])):
         if name == "__metadata__":
             continue
-        dtype = _DTYPES.get(entry["dtype"])
+        dtype = DTYPES.get(entry["dtype"])
         if dtype is None:
             strange.append(f"{name} ({entry['dtype']})")
             continue
@@ -184,7 +184,7 @@ def _open_file(path: Path, names: set[str] | None) -> dict[str, LazyTensor]:
             four_part(
                 f"Tensors of an unknown dtype: {shorten(strange)}",
                 where=str(path),
-                names=_DTYPES,
+                names=DTYPES,
                 fix="convert the weights to float16, bfloat16 or float32.",
             )
         )
