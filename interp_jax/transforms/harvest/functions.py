@@ -27,7 +27,7 @@ from interp_jax.transforms.harvest.interpret import interpret
 from interp_jax.transforms.harvest.keys import Names, Place, nest_label, show_key
 from interp_jax.transforms.harvest.planting import Planting, check_fits
 from interp_jax.transforms.harvest.staging import staged
-from interp_jax.transforms.harvest.survey import survey
+from interp_jax.transforms.harvest.survey import keys_in, survey
 from interp_jax.transforms.sowing import sow
 from interp_jax.transforms.tracing import trace_program
 
@@ -83,7 +83,8 @@ def _harvest(
     trace = trace_program(f, args, kwargs)
     where = f"plant({getattr(f, '__name__', type(f).__name__)})"
     found = survey(trace.closed.jaxpr, policy, Place())
-    flat = {key: value for key, value in _by_path(plants, found).items() if policy.is_wanted(key)}
+    sown = frozenset(keys_in(trace.closed.jaxpr, policy, Place()))  # Filtered out or not.
+    flat = {key: value for key, value in _by_path(plants, sown).items() if policy.is_wanted(key)}
     if unknown != "ignore":
         _check_known(flat, found, tag=policy.tag, where=where)
     if not reaps:
@@ -174,13 +175,13 @@ def _renamed(f: Callable[..., Any], wrapper: Callable[..., Any], *, takes_plants
     return renamed
 
 
-def _by_path(plants: Mapping[str, Any], found: Collection[Any], scope: tuple[str, ...] = ()) -> dict[Any, Any]:
+def _by_path(plants: Mapping[str, Any], sown: Collection[Any], scope: tuple[str, ...] = ()) -> dict[Any, Any]:
     """Planted values by path of names; a dictionary is a scope unless a name of that path is sown."""
     flat: dict[Any, Any] = {}
     for name, value in plants.items():
         path = (*scope, name)
-        is_scope = isinstance(value, Mapping) and path not in found and any(key[: len(path)] == path for key in found)
-        flat.update(_by_path(value, found, path) if is_scope else {path: value})
+        is_scope = isinstance(value, Mapping) and path not in sown and any(key[: len(path)] == path for key in sown)
+        flat.update(_by_path(value, sown, path) if is_scope else {path: value})
     return flat
 
 

@@ -25,7 +25,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 
 from interp_jax.transforms.harvest.calls import harvest_call, harvest_shard_map, is_being_differentiated
 from interp_jax.transforms.harvest.control_flow import harvest_cond, harvest_scan, harvest_while
-from interp_jax.transforms.harvest.keys import Key, Place
+from interp_jax.transforms.harvest.keys import EVERY, Key, Place
 from interp_jax.transforms.harvest.state import Reaped, Result, State, choose, zeros_of
 from interp_jax.transforms.harvest.survey import concerns, keys_of
 from interp_jax.transforms.jaxprs import OPENABLE, at_equation, bind, equation_without_sows, evaluate, outline_of
@@ -52,6 +52,7 @@ def interpret(
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
     reaps: dict[Key, Reaped] = {}
+    dropped = EVERY if state.is_silent else state.policy.dropped
 
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, Literal) else env[atom]
@@ -65,7 +66,7 @@ def interpret(
             for key, reaped in new.items():
                 reaps[key] = _merge(reaps.pop(key, None), reaped)
         elif index in outline.busy and eqn.primitive is not sow_p:
-            results = evaluate(equation_without_sows(eqn, state.policy.dropped), operands)
+            results = evaluate(equation_without_sows(eqn, dropped), operands)
         else:
             results = evaluate(eqn, operands)
         env.update(zip(eqn.outvars, results, strict=True))
@@ -79,7 +80,7 @@ def _is_touched(eqn: JaxprEqn, operands: Sequence[Any], state: State, place: Pla
     if state.is_silent and eqn.effects and eqn.primitive.name in OPENABLE:
         return True
     if is_busy and eqn.primitive is sow_p:
-        return concerns(eqn, state.policy, place)
+        return state.is_silent or concerns(eqn, state.policy, place)
     if is_busy and any(state.policy.is_wanted(key) or state.changes(key) for key in keys_of(eqn, state.policy, place)):
         return True
     return is_being_differentiated(eqn, operands)
@@ -110,7 +111,7 @@ def _sow(eqn: JaxprEqn, operands: list[Any], state: State, place: Place) -> Resu
     old = value_seen(values, params)
     new, is_reaped = state.visit(key, old)
     results = values if new is old else leaves_of_seen(new, params)
-    if state.resows:
+    if state.resows and not state.is_silent:
         results = bind(eqn, [*results, *operands[len(values) :]])
     if not is_reaped:
         return results, {}

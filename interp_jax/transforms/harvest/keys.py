@@ -87,6 +87,10 @@ class Dropped(NamedTuple):
         return self.of_tag if eqn.params["tag"] == self.tag else self.others
 
 
+EVERY = Dropped(None, of_tag=True, others=True)
+"""Takes every sow out: for code that also runs elsewhere, where it sows."""
+
+
 class Policy(Protocol):
     """Which sows a harvest concerns, and what it calls them."""
 

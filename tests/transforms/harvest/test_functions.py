@@ -14,7 +14,7 @@ from jax import lax
 from jax.extend.core import jaxpr_as_fun
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from interp_jax.transforms.harvest import call_and_reap, harvest, nest, plant, reap, sow, sow_cond
+from interp_jax.transforms.harvest import call_and_reap, harvest, intervene, nest, plant, reap, sow, sow_cond
 from interp_jax.transforms.jaxprs import inner_jaxprs
 from tests.transforms.harvest.test_laws import assert_equal
 
@@ -57,6 +57,12 @@ class TestFilters:
             "second": ["a"],
         }
 
+    def test_what_is_filtered_out_is_not_planted_in_a_scope_either(self) -> None:
+        fn = nest(lambda x: sow(x * 2.0, tag="t", name="a") + sow(x, tag="t", name="b"), scope="s")
+        for filtered in (plant(fn, tag="t", allowlist=["b", "s"]), plant(fn, tag="t", blocklist=["a"])):
+            assert filtered({"s": {"a": 100.0, "b": 5.0}}, 1.0) == 7.0
+            assert filtered({"s": {"a": 100.0}}, 1.0) == 3.0
+
     def test_exclusive_drops_other_tags(self) -> None:
         def fn(x: Any) -> Any:
             return jax.jit(lambda x: sow(two(x), tag="other", name="c"))(x)
@@ -64,6 +70,19 @@ class TestFilters:
         assert list(reap(reap(fn, tag="t"), tag="other")(X)) == ["c"]
         assert list(reap(lambda x: call_and_reap(fn, tag="t")(x)[0], tag="other")(X)) == ["c"]
         assert reap(lambda x: call_and_reap(fn, tag="t", exclusive=True)(x)[0], tag="other")(X) == {}
+
+    def test_other_tags_inside_a_call_with_a_rule_of_its_own_are_left_once(self) -> None:
+        inner = jax.custom_jvp(lambda x: sow(sow(x * 2.0, tag="u", name="b"), tag="t", name="a"))
+        inner.defjvp(lambda primals, tangents: (inner(*primals), tangents[0] * 5.0))
+        fn = lambda x: inner(x) + 1.0  # noqa: E731
+        (out, reaps), others = call_and_reap(call_and_reap(fn, tag="t"), tag="u")(3.0)
+        assert (out, reaps, others) == (7.0, {"a": 6.0}, {"b": 6.0})
+        assert jax.grad(lambda x: call_and_reap(call_and_reap(fn, tag="t"), tag="u")(x)[0][0])(3.0) == 5.0
+        # The same by site: the sites of a function that is intervened on elsewhere.
+        sited = lambda x: sow(inner(x), name="after")  # noqa: E731
+        changed = intervene(sited, {"after": lambda value: value * 2.0})
+        assert jax.grad(lambda x: call_and_reap(changed, tag="t")(x)[0])(3.0) == 10.0
+        assert jax.value_and_grad(lambda x: call_and_reap(changed, tag="t")(x)[1]["a"])(3.0) == (6.0, 2.0)
 
 
 class TestTagsAndNames:
