@@ -4,7 +4,7 @@ A family's module holds `PATCH_SET` (its tags and mends), `HANDLED_KEYS` and `IG
 and `from_checkpoint`. Modules without a `PATCH_SET` hold what several families share.
 
 Reading order: transformers_gpt2, transformers_llama, transformers_mistral, then what they use: flax_attention,
-transformers_flax and transformers_stacked.
+transformers_flax and transformers_stacked; penzai_gpt_neox with penzai_layers.
 
 Source: interp_jax.
 """

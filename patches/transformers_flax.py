@@ -162,6 +162,7 @@ def check_values(
     required: Collection[str],
     allowed: Mapping[str, Collection[Any]],
     divides: Collection[tuple[str, str]],
+    upstream: str = "",
 ) -> None:
     """Refuse configurations that upstream's code cannot compute.
 
@@ -170,6 +171,7 @@ def check_values(
         required: Keys that must be there.
         allowed: For some keys, the values upstream's code is right for. A missing key or None passes.
         divides: Pairs of keys of which the first must divide the second.
+        upstream: What the code is called; by default transformers' Flax code of the family.
 
     Raises:
         UnsupportedModelError: A key is missing or has another value.
@@ -190,12 +192,13 @@ def check_values(
         if (value := checkpoint.config.get(key)) is not None and value not in values
     }
     if wrong:
+        code = upstream or f"transformers' Flax {checkpoint.family}"
         raise UnsupportedModelError(
             four_part(
                 "Configuration with " + ", ".join(f"{key}={value!r}" for key, (value, _) in wrong.items()),
                 where=checkpoint.source,
                 expected="; ".join(f"{key} to be {_one_of(values)}" for key, (_, values) in wrong.items())
-                + f": transformers' Flax {checkpoint.family} does not have the other cases.",
+                + f": {code} does not have the other cases.",
                 fix="use another model, or teach the family's patch set (a mend) what this setting means.",
             )
         )

