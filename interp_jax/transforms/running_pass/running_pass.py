@@ -40,7 +40,7 @@ from interp_jax.core.activations import SiteTable
 from interp_jax.core.errors import InterleavingError, RunningPassError, UnknownNameError, four_part
 from interp_jax.core.interventions import describe, same_form
 from interp_jax.core.sites import Selector, Site, select_sites, selector_parts
-from interp_jax.transforms.running_pass.compiled import KEEP, execute
+from interp_jax.transforms.running_pass.compiled import KEEP, execute, rest_of
 from interp_jax.transforms.running_pass.plan import build_plan, require_reachable
 from interp_jax.transforms.running_pass.python_engine import PythonSteps, run_python
 from interp_jax.transforms.tracing import Remembered, sites_of, trace_program
@@ -76,7 +76,8 @@ def run(
     for steps in list(_STEPPED_BY_HAND):
         steps.warn_if_in_the_way()
     if engine == "compiled":
-        return RunningPass(_compiled_steps(fn, args, kwargs, sites, name), name=name)
+        steps, rest = _compiled_steps(fn, args, kwargs, sites, name)
+        return RunningPass(steps, name=name, rest=rest)
     if engine == "python":
         return RunningPass(run_python(fn, args, kwargs, sites, where=name), name=name, keeps_form=False)
     raise UnknownNameError(
@@ -101,7 +102,7 @@ def list_sites(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> SiteTable:
 
 def _compiled_steps(
     fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], selector: Selector, name: str
-) -> Generator[tuple[Site, Any], Any, Any]:
+) -> tuple[Generator[tuple[Site, Any], Any, Any], Callable[[Any, Site | None], Any]]:
     trace = trace_program(fn, args, kwargs)
     closed = trace.closed
 
@@ -115,7 +116,14 @@ def _compiled_steps(
     selected = _SELECTED.get(closed, (_frozen(selector), name), select)
     names = frozenset(site.name for site in selected)
     plan = _PLANS.get(closed, names, lambda: build_plan(closed, names))
-    return _with_structure(execute(plan, trace.args, selected), trace.out_tree)
+    out_tree, frames, changed = trace.out_tree, [], set()
+
+    def rest(value: Any, until: Site | None) -> Any:
+        results = rest_of(frames, value, changed, until)
+        return results if until is not None else jax.tree.unflatten(out_tree, results)
+
+    steps = execute(plan, trace.args, selected, changed=changed, frames=frames)
+    return _with_structure(steps, out_tree), rest
 
 
 def _frozen(selector: Selector) -> tuple[Any, ...]:
@@ -137,14 +145,23 @@ class RunningPass:
         steps: A generator of `(site, value)` that takes `KEEP` or a new value and returns the function's result.
         name: The function's name.
         keeps_form: Whether a new value must have the structure, shapes and dtypes of the old one.
+        rest: From a value of the current site, and a site to stop at or None, to what the pass comes to.
     """
 
-    def __init__(self, steps: Generator[tuple[Site, Any], Any, Any], *, name: str, keeps_form: bool = True):
+    def __init__(
+        self,
+        steps: Generator[tuple[Site, Any], Any, Any],
+        *,
+        name: str,
+        keeps_form: bool = True,
+        rest: Callable[[Any, Site | None], Any] | None = None,
+    ):
         self._steps = steps
         self._stack = steps if isinstance(steps, PythonSteps) else None  # The call stack it holds open, if any.
         self._ends_by_itself = False  # However a `for` or `with` is left, it ends the pass.
         self._name = name
         self._keeps_form = keeps_form
+        self._rest = rest
         self._stage = "not started"
         self._site: Site | None = None
         self._value: Any = None
@@ -229,12 +246,12 @@ class RunningPass:
             RunningPassError: The pass is not at a site.
             ShapeError: The new value does not have the form of the old one.
         """
-        self._require_site("read")
+        self._require_site("modified_value was read")
         return self._value if self._new is _UNSET else self._new
 
     @modified_value.setter
     def modified_value(self, new: Any) -> None:
-        self._require_site("set")
+        self._require_site("modified_value was set")
         if self._keeps_form:
             hint = 'engine="python" lets a value change its shape.'
             new = same_form(self._value, new, where=f"{self._site} of {self._name}", hint=hint)
@@ -248,16 +265,16 @@ class RunningPass:
     @sendval.setter
     def sendval(self, new: Any) -> None:
         if new is None:
-            self._require_site("set")
+            self._require_site("modified_value was set")
             self._new = _UNSET
         else:
             self.modified_value = new
 
-    def _require_site(self, verb: str) -> None:
+    def _require_site(self, what: str) -> None:
         if self._state != "at a site":
             raise RunningPassError(
                 four_part(
-                    f"modified_value was {verb} while the pass is {self._state}",
+                    f"{what} while the pass is {self._state}",
                     where=f"the running pass of {self._name}",
                     expected="a pass that has stopped at a site.",
                     fix="read and set modified_value only in the body of the loop.",
@@ -283,6 +300,48 @@ class RunningPass:
                 )
             )
         return self._result
+
+    def rest(self, value: Any, *, until: Site | None = None) -> Any:
+        """What the pass comes to if the value of the current site were another; the pass itself stays where it is.
+
+        What comes before the site is not computed again, so many values cost as many suffixes of the pass:
+        `jax.vmap(running_pass.rest)(values)`.
+
+        Args:
+            value: In the form of the site's own value. It may be traced, by vmap, jit or jvp; layers of a scan that
+                are still to come have no reverse derivative.
+            until: A site outside the layers, or the layers unstacked, at which to stop.
+
+        Returns:
+            What the function returns, or the value at `until`.
+
+        Raises:
+            RunningPassError: The pass is not at a site, its engine is not the compiled one, or it does not come to
+                `until`.
+            ShapeError: The value does not have the form of the site's own.
+        """
+        self._require_site("the rest was asked for")
+        if self._rest is None:
+            raise RunningPassError(
+                four_part(
+                    "rest was called on a pass of the python engine",
+                    where=f"the running pass of {self._name}",
+                    expected="a pass that holds no call stack open, of which there can be a second.",
+                    fix='use engine="compiled".',
+                )
+            )
+        value = same_form(self._value, value, where=f"{self._site} of {self._name}", hint="")
+        result = self._rest(value, until)
+        if until is not None and result is None:
+            raise RunningPassError(
+                four_part(
+                    f"The rest of the pass was asked for until {until}, where it does not come by",
+                    where=f"the running pass of {self._name}, at {self._site}",
+                    expected="a site after this one, and not inside a scan over layers.",
+                    fix="leave `until` out, or name a site such as Site(None, 'ln_final').",
+                )
+            )
+        return result
 
     def close(self) -> None:
         """Abandon the pass: what it holds is freed, and with the python engine its stack is unwound.

@@ -15,7 +15,8 @@ Source: interp_jax.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -42,48 +43,90 @@ def stretches(touched: Collection[int], length: int) -> list[tuple[int, int, boo
     return out
 
 
-def step_scan(
-    step: ScanStep,
-    operands: list[Any],
-    selected: frozenset[Site],
-    loop_indices: tuple[int, ...],
-    run_body: Callable[[Sequence[Any], int], Generator[Any, Any, list[Any]]],
-) -> Generator[Any, Any, list[Any]]:
-    """Run a scan, yielding what `run_body` yields in the iterations with selected sites.
+RunBody: TypeAlias = Callable[[Sequence[Any], int], Generator[Any, Any, list[Any]]]
+
+
+@dataclass
+class ScanFrame:
+    """A scan under way. `run_body` runs one iteration as pieces, given its arguments and its index."""
+
+    step: ScanStep
+    consts: list[Any]
+    carry: list[Any]
+    xs: list[Any]
+    ys: list[Any]
+    cuts: list[tuple[int, int, bool]]
+    run_body: RunBody
+    index: int = 0
+
+    @classmethod
+    def at_start(
+        cls,
+        step: ScanStep,
+        operands: list[Any],
+        selected: frozenset[Site],
+        loop_indices: tuple[int, ...],
+        run_body: RunBody,
+    ) -> ScanFrame:
+        """A `step` on `operands`, inside loops at `loop_indices`, before its first iteration; stops at `selected`."""
+        params = step.eqn.params
+        n_consts, n_carry, length = params["num_consts"], params["num_carry"], params["length"]
+        touched = [i for i in range(length) if is_touched(step.body, (*loop_indices, i), selected)]
+        forms: list[Any] = [var.aval for var in step.eqn.outvars[n_carry:]]
+        return cls(
+            step,
+            consts=operands[:n_consts],
+            carry=operands[n_consts : n_consts + n_carry],
+            xs=operands[n_consts + n_carry :],
+            ys=[jnp.zeros(form.shape, form.dtype) for form in forms],
+            cuts=stretches(touched, length),
+            run_body=run_body,
+        )
+
+    def put(self, results: list[Any]) -> None:
+        """Note the results of the present iteration."""
+        n_carry = len(self.carry)
+        self.carry = results[:n_carry]
+        new = results[n_carry:]
+        self.ys = [lax.dynamic_update_index_in_dim(y, one, self.index, 0) for y, one in zip(self.ys, new, strict=True)]
+
+    def finish(
+        self, results: list[Any], selected: frozenset[Site], changed: set[int]
+    ) -> Generator[Any, Any, list[Any]]:
+        """The scan's results if the present iteration had these; the rest runs as one loop, or up to its sites."""
+        frame = replace(self)
+        frame.put(results)
+        length, is_reverse = self.step.eqn.params["length"], self.step.eqn.params["reverse"]
+        start, stop = (0, self.index) if is_reverse else (self.index + 1, length)
+        yield from ()
+        carry, ys = _rolled(frame, start, stop, donates=False)  # Under vmap the outputs gain an axis.
+        return [*carry, *ys]
+
+
+def step_scan(frame: ScanFrame) -> Generator[Any, Any, list[Any]]:
+    """Run a scan, yielding what its `run_body` yields in the iterations with selected sites.
 
     Args:
-        step: The scan.
-        operands: Values of its constants, carry and scanned arrays.
-        selected: The sites to stop at.
-        loop_indices: Indices of the loops around the scan.
-        run_body: Runs one iteration as pieces, given its arguments and its index.
+        frame: The scan, before its first iteration.
 
     Returns:
         The final carry and the stacked outputs, as the value of `StopIteration`.
     """
-    params = step.eqn.params
-    n_consts, n_carry, length = params["num_consts"], params["num_carry"], params["length"]
-    consts, carry = operands[:n_consts], operands[n_consts : n_consts + n_carry]
-    xs = operands[n_consts + n_carry :]
-    touched = [i for i in range(length) if is_touched(step.body, (*loop_indices, i), selected)]
-    cuts = stretches(touched, length)
+    xs, cuts = frame.xs, frame.cuts
     rows = _split(xs, cuts) if is_traced(xs) else None
-    forms: list[Any] = [var.aval for var in step.eqn.outvars[n_carry:]]
-    ys = [jnp.zeros(form.shape, form.dtype) for form in forms]
-    in_order = reversed(list(enumerate(cuts))) if params["reverse"] else enumerate(cuts)
-    for number, (start, stop, stops) in in_order:
+    in_order = list(enumerate(cuts))
+    for number, (start, stop, stops) in reversed(in_order) if frame.step.eqn.params["reverse"] else in_order:
         block = rows[number] if rows is not None else None
         if not stops:
-            carry, ys = _roll(step, start, stop, consts, carry, xs, block, ys)
+            frame.carry, frame.ys = _roll(frame, start, stop, block)
             continue
         if block is None:
             row = [Slice(x, np.int32(start)) for x in xs]
         else:
             row = [lax.squeeze(x, (0,)) for x in block]
-        results = yield from run_body([*consts, *carry, *row], start)
-        carry = results[:n_carry]
-        ys = [lax.dynamic_update_index_in_dim(y, new, start, 0) for y, new in zip(ys, results[n_carry:], strict=True)]
-    return [*carry, *ys]
+        frame.index = start
+        frame.put((yield from frame.run_body([*frame.consts, *frame.carry, *row], start)))
+    return [*frame.carry, *frame.ys]
 
 
 def is_touched(plan: Plan, indices: tuple[int, ...], selected: frozenset[Site]) -> bool:
@@ -109,32 +152,31 @@ def _split(xs: Sequence[Any], cuts: Sequence[tuple[int, int, bool]]) -> list[lis
     return [list(block) for block in zip(*by_array, strict=True)] if xs else [[] for _ in cuts]
 
 
-def _roll(
-    step: ScanStep,
-    start: int,
-    stop: int,
-    consts: list[Any],
-    carry: list[Any],
-    xs: list[Any],
-    block: list[Any] | None,
-    ys: list[Any],
-) -> tuple[list[Any], list[Any]]:
-    """Run the iterations from `start` to `stop` as one loop."""
-    if is_traced([consts, carry, xs, ys]):
-        rows = block if block is not None else [lax.slice_in_dim(x, start, stop) for x in xs]
-        eqn = step.eqn.replace(params={**step.eqn.params, "length": stop - start})
-        results = evaluate(eqn, [*consts, *carry, *rows])
-        new = results[len(carry) :]
-        updated = [lax.dynamic_update_slice_in_dim(y, part, start, 0) for y, part in zip(ys, new, strict=True)]
-        return results[: len(carry)], updated
-    program = step.programs.get(False)
+def _roll(frame: ScanFrame, start: int, stop: int, block: list[Any] | None) -> tuple[list[Any], list[Any]]:
+    """The carry and outputs after the iterations `start` to `stop`, as one loop; `block`: their rows, if split."""
+    step, carry, ys = frame.step, frame.carry, frame.ys
+    if not is_traced([frame.consts, carry, frame.xs, ys]):
+        return _rolled(frame, start, stop)
+    rows = block if block is not None else [lax.slice_in_dim(x, start, stop) for x in frame.xs]
+    eqn = step.eqn.replace(params={**step.eqn.params, "length": stop - start})
+    results = evaluate(eqn, [*frame.consts, *carry, *rows])
+    new = results[len(carry) :]
+    updated = [lax.dynamic_update_slice_in_dim(y, part, start, 0) for y, part in zip(ys, new, strict=True)]
+    return results[: len(carry)], updated
+
+
+def _rolled(frame: ScanFrame, start: int, stop: int, *, donates: bool = True) -> tuple[list[Any], list[Any]]:
+    """The same by a program whose bounds are arguments; it has no reverse derivative."""
+    step = frame.step
+    program = step.programs.get(donates)
     if program is None:
-        key = ("rolled", param_key(step.eqn.params["jaxpr"], False), step.eqn.params["reverse"], len(consts))
-        program = step.programs[False] = cached(key, lambda: _rolled_program(step), shared=None)
-    return program(np.int32(start), np.int32(stop), consts, carry, xs, ys)
+        params = step.eqn.params
+        key = ("rolled", param_key(params["jaxpr"], False), params["reverse"], len(frame.consts), donates)
+        program = step.programs[donates] = cached(key, lambda: _rolled_program(step, donates), shared=None)
+    return program(np.int32(start), np.int32(stop), frame.consts, frame.carry, frame.xs, frame.ys)
 
 
-def _rolled_program(step: ScanStep) -> Callable[..., tuple[list[Any], list[Any]]]:
+def _rolled_program(step: ScanStep, donates: bool) -> Callable[..., tuple[list[Any], list[Any]]]:
     closed, is_reverse = step.eqn.params["jaxpr"], step.eqn.params["reverse"]
     body = jaxpr_as_fun(closed)
 
@@ -152,4 +194,6 @@ def _rolled_program(step: ScanStep) -> Callable[..., tuple[list[Any], list[Any]]
 
         return lax.fori_loop(start, stop, iteration, (carry, ys))
 
-    return counted_jit(rolled, name=f"rolled loop over {len(closed.jaxpr.eqns)} equations", donate_argnums=5)
+    return counted_jit(
+        rolled, name=f"rolled loop over {len(closed.jaxpr.eqns)} equations", donate_argnums=5 if donates else ()
+    )
