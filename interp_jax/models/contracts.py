@@ -176,7 +176,9 @@ def _scores(e: Evidence) -> Iterator[Finding]:
         seen = np.broadcast_to(_visible(e, i), expected.shape)
         actual = np.where(seen, e(*site), 0) if expected.shape == e(*site).shape else e(*site)
         scale = np.abs(q).max() * np.abs(k).max() * np.sqrt(q.shape[-1])
-        yield _compare(site, actual, np.where(seen, expected, 0), e.product(Site(i, query)), scale)
+        # Upstream may cast to either dtype before it multiplies.
+        relative = max(e.product(site), e.product(Site(i, query)))
+        yield _compare(site, actual, np.where(seen, expected, 0), relative, scale)
 
 
 def _visible(e: Evidence, layer: int) -> np.ndarray:

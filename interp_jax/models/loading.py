@@ -41,10 +41,12 @@ if TYPE_CHECKING:
 # `model_type` of a Hugging Face config, and the patch set of the upstream code that runs such a model.
 FAMILIES: Mapping[str, str] = {
     "gpt2": "interp_jax.patches.transformers_gpt2",
+    "gpt_neo": "interp_jax.patches.transformers_gpt_neo",
+    "gptj": "interp_jax.patches.transformers_gptj",
     "llama": "interp_jax.patches.transformers_llama",
     "gpt_neox": "interp_jax.patches.penzai_gpt_neox",
-    "gpt_neox": "interp_jax.patches.penzai_gpt_neox",
     "mistral": "interp_jax.patches.transformers_mistral",
+    "opt": "interp_jax.patches.transformers_opt",
 }
 
 # Models that are fetched by name.
