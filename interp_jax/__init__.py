@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from interp_jax.transforms.harvest import loop_layer as loop_layer
     from interp_jax.transforms.harvest import reap_sites as reap_sites
     from interp_jax.transforms.harvest import site_gradients as site_gradients
+    from interp_jax.transforms.harvest import site_vjp as site_vjp
     from interp_jax.transforms.harvest import sow as sow
     from interp_jax.transforms.layer_stack import scan_layers as scan_layers
     from interp_jax.transforms.layer_stack import stack_layers as stack_layers
@@ -106,6 +107,7 @@ _HOMES = {
         "loop_layer",
         "reap_sites",
         "site_gradients",
+        "site_vjp",
         "sow",
     ),
     "interp_jax.transforms.layer_stack": ("scan_layers", "stack_layers", "unstack_layers"),

@@ -50,6 +50,14 @@ class Activations(Mapping[Site, Any]):
             )
         return self._values[picked[0]]
 
+    def __contains__(self, site: object) -> bool:
+        if isinstance(site, str):
+            try:
+                return bool(select_sites(site, list(self._values), where="Activations"))
+            except UnknownNameError:
+                return False
+        return site in self._values
+
     def __iter__(self) -> Iterator[Site]:
         return iter(self._values)
 

@@ -7,7 +7,7 @@ Source: Oryx Harvest for the semantics.
 """
 
 from interp_jax.transforms.harvest.functions import call_and_reap, harvest, nest, plant, reap
-from interp_jax.transforms.harvest.sites import harvest_sites, intervene, reap_sites, site_gradients
+from interp_jax.transforms.harvest.sites import harvest_sites, intervene, reap_sites, site_gradients, site_vjp
 from interp_jax.transforms.sowing import layer_scope, loop_layer, sow, sow_cond, sow_p
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "reap",
     "reap_sites",
     "site_gradients",
+    "site_vjp",
     "sow",
     "sow_cond",
     "sow_p",

@@ -45,8 +45,9 @@ from interp_jax.transforms.harvest.survey import Sown, survey
 from interp_jax.transforms.sowing import layer_scope, sow
 from interp_jax.transforms.tracing import Trace, sites_of, trace_program
 
-__all__ = ["harvest_sites", "intervene", "layer_scope", "reap_sites", "site_gradients", "sow"]
+__all__ = ["harvest_sites", "intervene", "layer_scope", "reap_sites", "site_gradients", "site_vjp", "sow"]
 
+Pullback: TypeAlias = "Callable[[Any, Mapping[Site, Any]], Activations]"
 # A mapping is invariant in its keys, so `Mapping[Selector, ...]` would refuse a dictionary with strings for keys.
 Interventions: TypeAlias = "Mapping[Any, Intervention] | Iterable[tuple[Selector, Intervention]]"
 
@@ -185,6 +186,55 @@ def site_gradients(
         return staged(trace.closed, key, with_gradients, trace.args, _arrays(edits))
 
     return _renamed(fn, differentiated)
+
+
+def site_vjp(fn: Callable[..., Any], select: Selector) -> Callable[..., tuple[Any, Activations, Pullback]]:
+    """A function that returns its result, the selected sites, and a pullback of cotangents of both to the sites.
+
+    pullback(r, {s: c_s})[t] = d(<r, result> + sum_s <c_s, activation_s>) / d(activation_t)
+
+    A cotangent at one site is what reaches the earlier ones through it. One forward serves any number of pullbacks,
+    side by side under `jax.vmap` or in turn.
+
+    Args:
+        fn: A function with sites.
+        select: Which sites.
+
+    Returns:
+        A function of the same arguments that returns `(result, activations, pullback)`. `pullback` takes the result's
+        cotangent and a mapping of sites to cotangents (zero where there is none), and returns the `Activations` of
+        derivatives. Call it in the same jitted function.
+
+    Raises:
+        UnknownNameError: At the call: a part of the selector matches no site.
+        InvalidInputError: At the call: a site that holds no real numbers, or is overwritten by later sows.
+    """
+
+    def with_pullback(*args: Any, **kwargs: Any) -> tuple[Any, Activations, Pullback]:
+        trace = trace_program(fn, args, kwargs)
+        where = f"site_vjp({_name(fn)})"
+        sites = select_sites(select, [row.site for row in sites_of(trace.closed)], where=where)
+        state = Sites(SitePolicy(frozenset(sites)), ())
+        sown = survey(trace.closed.jaxpr, state.policy, Place())
+        for site in sites:
+            _check_differentiable(site, sown[site], where=where)
+
+        def perturbed(perturbations: Activations) -> tuple[Any, Activations]:
+            here = Sites(state.policy, (), {site: perturbations[site] for site in sites})
+            return _interpreted(trace, here, sites, trace.args)
+
+        zeros_at = {site: zeros_of(sown[site].form) for site in sites}
+        (result, activations), of_both = jax.vjp(perturbed, Activations(zeros_at))
+
+        def pullback(of_result: Any, of_sites: Mapping[Site, Any]) -> Activations:
+            cotangents = zeros_at | dict(of_sites)
+            if len(cotangents) > len(zeros_at):
+                select_sites(list(of_sites), sites, where=where)  # Names the ones that were not selected.
+            return of_both((of_result, Activations(cotangents)))[0]
+
+        return result, activations, pullback
+
+    return _renamed(fn, with_pullback)
 
 
 def _check_differentiable(site: Site, sown: Sown, *, where: str) -> None:

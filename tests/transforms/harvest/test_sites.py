@@ -14,6 +14,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import interp_jax as ij
 from interp_jax.core.activations import Activations
+from interp_jax.core.errors import UnknownNameError
 from interp_jax.core.interventions import Masked
 from interp_jax.core.sites import Site
 from interp_jax.transforms.harvest import (
@@ -24,6 +25,7 @@ from interp_jax.transforms.harvest import (
     reap,
     reap_sites,
     site_gradients,
+    site_vjp,
     sow,
 )
 from interp_jax.transforms.running_pass import run
@@ -193,9 +195,9 @@ def checkpointed(weights: Any, x: Any) -> Any:
 
 def unrolled(weights: Any, x: Any) -> Any:
     x = sow(x, name="embed")
-    for i in range(N_LAYERS):
+    for i, row in enumerate(weights):
         with layer_scope(i):
-            x = layer(weights[i], x)
+            x = layer(row, x)
     return sow(x, name="ln_final")
 
 
@@ -257,6 +259,33 @@ class TestScanOverLayers:
         for index in np.ndindex(2, D):
             bump = jnp.zeros((2, D)).at[index].set(step)
             np.testing.assert_allclose(gradient[index], (at(bump) - at(-bump)) / (2 * step), rtol=2e-3, atol=2e-4)
+
+    def test_pullbacks_of_the_result_and_of_sites(self, weights: Any) -> None:
+        select = ["resid_pre", "mlp_out"]
+
+        def both(fn: Any, weights: Any) -> Any:
+            result, activations, pullback = site_vjp(fn, select)(weights, BATCH)
+            at_3 = pullback(jnp.zeros_like(result), {Site(3, "resid_pre"): jnp.ones_like(BATCH)})
+            return (result, activations), pullback(jnp.ones_like(result), {}), at_3
+
+        value, activations, gradients = site_gradients(unrolled, select, total)(weights, BATCH)
+        truncated = site_gradients(lambda w, x: unrolled(w[:3], x), select, total)(weights, BATCH)[2]
+        for fn in (stacked, checkpointed, unrolled):
+            (result, read), of_result, at_3 = jax.jit(both, static_argnums=0)(fn, weights)
+            assert_close(total(result), value, 1e-5)
+            assert_close(read, activations, 1e-5)
+            assert_close(of_result, gradients, 1e-5)
+            # What reaches a site through the input of layer 3: the gradient in the model that ends there.
+            for site, value_at in at_3.items():
+                if site in truncated:
+                    assert_close(value_at, truncated[site], 1e-5)
+                else:
+                    np.testing.assert_array_equal(value_at, float(site == Site(3, "resid_pre")))
+
+    def test_a_cotangent_of_a_site_not_selected_is_refused(self, weights: Any) -> None:
+        result, _, pullback = site_vjp(unrolled, "mlp_out")(weights, BATCH)
+        with pytest.raises(UnknownNameError, match=r"3\.resid_pre"):
+            pullback(result, {Site(3, "resid_pre"): BATCH})
 
     def test_parameters_and_sites_have_gradients_together(self, weights: Any) -> None:
         def loss(weights: Any, fn: Any) -> Any:
