@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-ALL = ("light", "unlistened", "loop", "harvest", "stacked")
+ALL = ("light", "unlistened", "loop", "harvest", "stacked", "loading")
 
 
 def main(names: list[str]) -> int:

@@ -85,26 +85,26 @@ def scaled_frequencies(
 
 
 def frequencies_of(config: Any, positions: Any) -> Any:
-    """The frequencies a transformers configuration asks for at these positions, `[d_head]`."""
+    """The frequencies a transformers configuration, `config`, asks for at `positions`: `[d_head]`."""
     scaling = getattr(config, "rope_scaling", None)
     n_ctx = config.max_position_embeddings
     return scaled_frequencies(config.rope_theta, head_size(config), scaling, n_ctx=n_ctx, positions=positions)
 
 
 def head_size(config: Any) -> int:
-    """The size of a head of a transformers configuration: what it says, or the width over the number of heads."""
+    """The size of a head of a transformers configuration: what `config` says, or the width over the number of heads."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def n_ctx_of(config: Any) -> int:
-    """The most tokens a model of a transformers configuration can read; `dynamic` scaling is there to read more."""
+    """The most tokens a model of this `config` of transformers can read; `dynamic` scaling is there to read more."""
     scaling = getattr(config, "rope_scaling", None)
     factor = float(scaling["factor"]) if scaling and kind_of(scaling) == "dynamic" else 1.0
     return int(factor * config.max_position_embeddings)
 
 
 def kind_of(scaling: Mapping[str, Any] | None) -> str:
-    """The kind of a `rope_scaling`; older files call it `type`."""
+    """The kind of a `rope_scaling`, `scaling`; older files call it `type`."""
     return (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
 
 

@@ -27,7 +27,7 @@ import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +37,6 @@ from interp_jax.core.errors import UnsupportedModelError, four_part
 from interp_jax.models.weights import layout
 from interp_jax.models.weights.layout import Stored
 from interp_jax.transforms.layer_stack import scan_layers, stack_layers, unstack_layers
-
-if TYPE_CHECKING:
-    from interp_jax.models.weights.checkpoint import Intake
 
 
 def layer_loop(block: str = "block", blocks: str = "self.blocks") -> tuple[str, str]:
@@ -58,7 +55,7 @@ def layer_loop(block: str = "block", blocks: str = "self.blocks") -> tuple[str, 
 
 
 def layer_scan(block: str = "block", blocks: str = "self.blocks") -> tuple[str, str]:
-    """The pair that makes that loop a scan."""
+    """The pair that makes the loop of `block` over `blocks` a scan."""
     return (
         f"""
         for {block} in {blocks}:
@@ -295,15 +292,3 @@ class Names:
             return Stored(name, shape, view=view)
         layers = range(int(numbered[1] or 0), self._layers.n_layers, self._layers.stride)
         return Stored(name.replace(numbered[0], "{}"), shape, layers=layers, view=view)
-
-
-class Reader(Names):
-    """`Names` that reads each parameter as it is named, for families that do not state their layout yet."""
-
-    def __init__(self, intake: Intake, dtype: str, layers: Layers):
-        super().__init__(layers)
-        self._intake, self._dtype = intake, dtype
-
-    def array(self, name: str, *shape: int, turned: bool = False, view: Any = None) -> Any:
-        """As `Names.array`, but the parameter itself."""
-        return layout.read(super().array(name, *shape, turned=turned, view=view), self._intake, dtype=self._dtype)

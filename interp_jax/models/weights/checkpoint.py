@@ -11,8 +11,8 @@ when they are taken, so that no second copy of the model has to fit into memory.
 >>> with checkpoint.intake(ignorable=("*.attn.bias",)) as intake:
 ...     embedding = intake.take("wte.weight", (5, 2))
 
-Sharp edges: after the first offender `take` no longer reads and returns zeros of the expected shape; the report at
-the end of the `with` block is what stops them from being used.
+Sharp edges: after the first tensor that is missing or misshapen `take` no longer reads and returns zeros of the
+expected shape; the report at the end of the `with` block is what stops them from being used.
 
 Source: interp_jax.
 """
@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from interp_jax.core.errors import LoadError, UnsupportedModelError, closest, four_part, shorten
+from interp_jax.models.weights.config_values import wrong_values
 
 if TYPE_CHECKING:
     from interp_jax.models.tokenizers import Tokenizer
@@ -199,7 +200,7 @@ class Checkpoint:
     source: str
 
     def check_config(self, *, handled: Collection[str], ignorable: Collection[str] = ()) -> None:
-        """Refuse configuration keys that nobody here knows: they may change the model.
+        """Refuse configuration keys that nobody here knows, as they may change the model, and impossible values.
 
         A key whose value is None or empty says nothing and passes.
 
@@ -208,8 +209,18 @@ class Checkpoint:
             ignorable: Keys it knows to leave the forward pass as it is.
 
         Raises:
+            LoadError: A value is of a kind its key cannot have, such as a text where a number belongs.
             UnsupportedModelError: There is an unknown key.
         """
+        if wrong := wrong_values(self.config):
+            raise LoadError(
+                four_part(
+                    "Configuration with " + ", ".join(f"{key}={self.config[key]!r:.60}" for key in wrong),
+                    where=self.source,
+                    expected="; ".join(f"{key}: {kind}" for key, kind in wrong.items()) + ".",
+                    fix="take the config.json the model was published with.",
+                )
+            )
         known = set(handled) | set(ignorable) | NEUTRAL_KEYS
         unknown = {key: value for key, value in self.config.items() if key not in known and value not in (None, [], {})}
         if not unknown:
@@ -258,6 +269,7 @@ class Intake:
         self._taken: set[str] = set()
         self._missing: list[str] = []
         self._misfits: list[tuple[str, str]] = []  # (name, what is wrong with it)
+        self._spoiled: list[tuple[str, str]] = []  # (name, what is wrong with its values)
 
     def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """The values of tensor `name`, in the dtype of the file.
@@ -297,7 +309,7 @@ class Intake:
             yield rows, values
         if n_wrong:
             reason = "not finite" if dtype is None else f"not finite, or too large for {dtype.name}"
-            self._misfits.append((found, f"has {n_wrong:,} values that are {reason}"))
+            self._spoiled.append((found, f"has {n_wrong:,} values that are {reason}"))
 
     def position(self, name: str) -> int:
         """How far into the files tensor `name` lies, counted in tensors; one that is missing comes last."""
@@ -327,7 +339,7 @@ class Intake:
             for name in self._tensors
             if name not in self._taken and not any(fnmatch.fnmatchcase(name, glob) for glob in self._ignorable)
         ]
-        if not (self._missing or self._misfits or extra):
+        if not (self._missing or self._misfits or self._spoiled or extra):
             return
         lines = [f"Weights that do not fit the configuration in {self._source}"]
         if self._missing:
@@ -335,7 +347,7 @@ class Intake:
         if extra:
             lines.append(f"    left over ({len(extra)}): {_grouped(extra)}")
         by_reason: dict[str, list[str]] = {}
-        for name, reason in self._misfits:
+        for name, reason in self._misfits + self._spoiled:
             by_reason.setdefault(reason, []).append(name)
         lines += [f"    {_grouped(names)} {reason}" for reason, names in by_reason.items()]
         near = [(name, found[0]) for name in self._missing if (found := closest(name, extra))]
@@ -358,7 +370,7 @@ class Intake:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         # A converter may stumble over the zeros of an offender: the offender is then the thing to report.
-        if error is None or self._missing or self._misfits:
+        if error is None or self._missing or self._misfits or self._spoiled:
             self.finish()
 
     def _claim(self, name: str, shape: tuple[int, ...]) -> str | None:

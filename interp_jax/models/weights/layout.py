@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from interp_jax.core.errors import InvalidInputError, ShapeError, four_part
 from interp_jax.models.weights.checkpoint import Intake
+
+_OWN_PAGES = 1 << 18  # bytes from which an array is worth pages of its own
 
 Rule = Callable[[str, tuple[int, ...]], Sharding]
 Placement = Sharding | Mesh | Rule
@@ -101,7 +104,8 @@ def spread(mesh: Mesh) -> Rule:
     """The rule a `Mesh` stands for: parameters cut evenly over its devices, as far as their shapes allow.
 
     Each axis of the mesh in turn cuts the longest axis of a parameter that it divides and that is not cut yet; never
-    the layer axis of a stacked one. Vectors, such as norms and biases, are on every device.
+    the layer axis of a stacked one. Vectors, such as norms and biases, are on every device. The axes of the mesh become
+    `Auto`: upstream's code says nothing about shardings, and JAX refuses to guess for `Explicit` ones.
 
     Args:
         mesh: The devices.
@@ -117,8 +121,9 @@ def spread(mesh: Mesh) -> Rule:
             free = [i for i in range(first, len(shape)) if spec[i] is None and shape[i] % size == 0]
             if free:
                 spec[max(free, key=lambda i: shape[i])] = str(axis)
-        return NamedSharding(mesh, PartitionSpec(*spec))
+        return NamedSharding(auto, PartitionSpec(*spec))
 
+    auto = Mesh(mesh.devices, mesh.axis_names)
     return rule
 
 
@@ -142,8 +147,9 @@ def _shardings(leaves: Sequence[Stored], sharding: Placement | None) -> list[Sha
             raise _not_a_sharding(f"a rule that returns {one!r:.80} for {leaf.name!r}")
         try:
             one.shard_shape(leaf.param_shape)
-        except ValueError as error:
-            misfits.append(f"    {leaf.name} {list(leaf.param_shape)}: {str(error).splitlines()[0]:.160}")
+        except (ValueError, IndexError) as error:
+            reason = " ".join(str(error).split())[:160]
+            misfits.append(f"    {leaf.name} {list(leaf.param_shape)}: {reason}")
         found.append(one)
     if misfits:
         raise ShapeError(
@@ -220,6 +226,9 @@ def _put(buffer: np.ndarray, corner: tuple[int, ...], region: tuple[slice, ...],
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An empty array at a multiple of 64 bytes, which a CPU device takes over without copying."""
     n_bytes = math.prod(shape) * dtype.itemsize
-    room = np.empty(n_bytes + 64, np.uint8)
+    # Pages of its own, since the system gets them back when the array is deleted; from a heap it often does not.
+    room = (
+        np.frombuffer(mmap.mmap(-1, n_bytes), np.uint8) if n_bytes >= _OWN_PAGES else np.empty(n_bytes + 64, np.uint8)
+    )
     start = -room.ctypes.data % 64
     return room[start : start + n_bytes].view(dtype).reshape(shape)
