@@ -9,7 +9,7 @@ PIP_FLAGS := --disable-pip-version-check --quiet
 NEEDS := import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
 	"Python " + sys.version.split()[0] + " was given as $(PYTHON).\n  Expected: 3.11 or newer.\n  Fix: make PYTHON=python3.11 ...")
 
-.PHONY: venv venv-oldest demo test test-slow test-oldest test-all bench lint format doctor constraints clean
+.PHONY: venv venv-oldest venv-oryx demo test test-slow test-oldest test-all bench lint format doctor constraints clean
 
 venv: .venv/installed
 
@@ -28,6 +28,15 @@ venv-oldest: .venv-oldest/installed
 	$(OLDEST)/python -m pip install $(PIP_FLAGS) -c constraints-oldest.txt -e '.[transformers,test]'
 	@touch $@
 
+# Oryx's last release, which imports with JAX 0.4.38 only, for the test that compares our harvest with it.
+venv-oryx: .venv-oryx/installed
+
+.venv-oryx/installed: constraints-oryx.txt
+	@$(PYTHON) -c '$(NEEDS)'
+	$(PYTHON) -m venv .venv-oryx
+	.venv-oryx/bin/python -m pip install $(PIP_FLAGS) -r constraints-oryx.txt
+	@touch $@
+
 # What SmolLM2-135M thinks at each layer, and which of its layers the answer depends on.
 demo: venv
 	$(BIN)/interp-jax demo
@@ -37,7 +46,7 @@ test: lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow'
 
 # Pytest's exit status 5 says that no test is marked slow.
-test-slow: venv
+test-slow: venv venv-oryx
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow || [ $$? -eq 5 ]
 
 test-oldest: venv-oldest
@@ -69,5 +78,5 @@ constraints: venv venv-oldest
 
 # Everything these targets made, except the results in runs/.
 clean:
-	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv-oldest .venv-oryx .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -19,6 +19,8 @@ import numpy as np
 from jax import lax
 
 TAG = "t"
+OTHER_TAG = "u"
+MODES = ("strict", "append", "clobber", "cond_clobber")
 SIZE = 3
 BATCH = 2
 
@@ -32,13 +34,15 @@ class Block:
     name: str = ""
     mode: str = ""
     number: float = 1.0
+    tag: str = TAG
 
     def __str__(self) -> str:
         return "\n".join(_lines(self, 0))
 
 
 def _lines(block: Block, depth: int) -> list[str]:
-    about = " ".join(part for part in (block.kind, block.name, block.mode, f"{block.number:.2f}") if part)
+    parts = (block.kind, block.name, block.mode, f"{block.number:.2f}", block.tag if block.kind == "sow" else "")
+    about = " ".join(part for part in parts if part)
     lines = ["  " * depth + about]
     for i, blocks in enumerate(block.inner):
         if i:
@@ -57,9 +61,10 @@ class _Draw:
     """Draws blocks so that modes and names go together as Harvest demands."""
 
     rng: random.Random
-    kinds: tuple[str, ...]
-    mixes_modes: bool
+    for_oryx: bool
+    careless: bool
     n_names: int = 0
+    names: list[str] = field(default_factory=list)
     clobbered: list[str] = field(default_factory=list)
 
     def blocks(self, depth: int, around: tuple[str, ...], n: int | None = None) -> tuple[Block, ...]:
@@ -67,8 +72,7 @@ class _Draw:
         return tuple(self.block(depth, around) for _ in range(n))
 
     def block(self, depth: int, around: tuple[str, ...]) -> Block:
-        kinds = [kind for kind in self.kinds if self.fits(kind, depth, around)]
-        kind = self.rng.choice(kinds)
+        kind = self.rng.choice([kind for kind in KINDS if self.fits(kind, depth, around)])
         number = round(self.rng.uniform(0.5, 1.5), 2)
         if kind == "op":
             return Block("op", number=number)
@@ -76,6 +80,8 @@ class _Draw:
             return self.sow(around, number)
         if kind in LOOPS:
             number = float(self.rng.choice((1, 2, 3)))
+            if self.rng.random() < 0.3 and not {*LOOPS, "vmap", "nest"} & set(around):
+                around = (*around, "conditional")
         inner = self.blocks(depth + 1, (*around, kind))
         if kind == "cond":
             # Both branches sow the same names, the second with other values.
@@ -90,24 +96,32 @@ class _Draw:
         not_in = {"cond": {"vmap"}, "while": {"grad", "vmap"}, "vmap": {"vmap"}, "nest": set(LOOPS)}
         if kind in ("custom_vjp", "custom_jvp") and "grad" in around:
             return False  # Their rules are not the derivatives of their code.
+        if self.for_oryx and ORYX_FAILS.get(kind, set()) & set(around):
+            return False
         return depth < 3 and not not_in.get(kind, set()) & set(around)
 
     def sow(self, around: tuple[str, ...], number: float) -> Block:
-        if "while" in around:
-            modes = ["clobber", "cond_clobber"]
-        elif set(LOOPS) & set(around):
-            modes = ["append", "clobber", "cond_clobber"]
-        else:
-            modes = ["strict", "append", "clobber", "cond_clobber"]
-        if not self.mixes_modes:
-            modes = [mode for mode in modes if mode != "cond_clobber"]
-        mode = self.rng.choice(modes)
-        if mode == "clobber" and self.clobbered and not {"cond", "vmap"} & set(around) and self.rng.random() < 0.3:
+        mode = self.rng.choice(MODES[:-1] if self.careless and self.rng.random() < 0.2 else self.modes(around))
+        tag = OTHER_TAG if self.rng.random() < 0.1 else TAG
+        if self.careless and self.names and self.rng.random() < 0.1:
+            return Block("sow", name=self.rng.choice(self.names), mode=mode, number=number)
+        again = tag == TAG and mode == "clobber" and self.clobbered and not {"cond", "vmap"} & set(around)
+        if again and self.rng.random() < 0.3:
             return Block("sow", name=self.rng.choice(self.clobbered), mode=mode, number=number)
         name = self.new_name()
-        if mode == "clobber" and not {"cond", "vmap", "nest"} & set(around):
+        if tag == TAG and mode == "clobber" and not {"cond", "vmap", "nest"} & set(around):
             self.clobbered.append(name)
-        return Block("sow", name=name, mode=mode, number=number)
+        self.names.append(name)
+        return Block("sow", name=name, mode=mode, number=number, tag=tag)
+
+    def modes(self, around: tuple[str, ...]) -> list[str]:
+        """The modes a sow may have here."""
+        modes = [mode for mode in MODES if not (mode in ("strict", "append") and "while" in around)]
+        modes = [mode for mode in modes if not (mode == "strict" and set(LOOPS) & set(around))]
+        if self.for_oryx and set(LOOPS) & set(around):
+            # Its loops keep all values in the way of the last.
+            return ["cond_clobber"] if "conditional" in around else modes[:-1]
+        return modes[:-1] if self.for_oryx and {"vmap", "nest"} & set(around) else modes
 
     def new_name(self, stem: str = "") -> str:
         self.n_names += 1
@@ -118,12 +132,31 @@ class _Draw:
     def other(self, block: Block) -> Block:
         number = block.number if block.kind in LOOPS else round(block.number + 0.25, 2)
         inner = tuple(tuple(map(self.other, blocks)) for blocks in block.inner)
-        return Block(block.kind, inner, block.name, block.mode, number)
+        mode = self.rng.choice(MODES[:-1]) if self.careless and block.mode and self.rng.random() < 0.1 else block.mode
+        name = f"{block.name}b" if self.careless and block.mode and self.rng.random() < 0.1 else block.name
+        return Block(block.kind, inner, name, mode, number, block.tag)
 
 
-def draw(seed: int, kinds: tuple[str, ...] = KINDS, *, mixes_modes: bool = True) -> Block:
-    """The program of a seed."""
-    drawing = _Draw(random.Random(seed), kinds, mixes_modes)
+# What Oryx 0.2.9 refuses or gets wrong when there are sows in it: a kind of block inside others.
+STAGED = {"jit", "checkpoint", "custom_jvp", "custom_vjp", "cond", "grad", *LOOPS}
+ORYX_FAILS = {
+    "vmap": {"conditional"},
+    "custom_vjp": STAGED,
+    "while": {"scan", "reverse_scan", "fori"},
+    "grad": {"grad"},
+    "nest": {"cond"},
+}
+
+
+def draw(seed: int, *, for_oryx: bool = False, careless: bool = False) -> Block:
+    """The program of a seed.
+
+    Args:
+        seed: The seed.
+        for_oryx: Whether to leave out what Oryx 0.2.9 is known to refuse or to get wrong.
+        careless: Whether modes and names may be those that Harvest refuses.
+    """
+    drawing = _Draw(random.Random(seed), for_oryx, careless)
     return Block("jit", (drawing.blocks(0, (), n=drawing.rng.randint(2, 4)),))
 
 
@@ -157,8 +190,8 @@ def _run_block(block: Block, x: Any, harvest: Any) -> Any:
     if block.kind == "sow":
         if block.mode == "cond_clobber":
             pred = jnp.sin(x.sum() * np.float32(5 * block.number)) > 0
-            return harvest.sow_cond(step(x, block.number), pred, tag=TAG, name=block.name, mode=block.mode)
-        return harvest.sow(step(x, block.number), tag=TAG, name=block.name, mode=block.mode)
+            return harvest.sow_cond(step(x, block.number), pred, tag=block.tag, name=block.name, mode=block.mode)
+        return harvest.sow(step(x, block.number), tag=block.tag, name=block.name, mode=block.mode)
 
     def inside(x: Any) -> Any:
         return _run_blocks(block.inner[0], x, harvest)
@@ -219,10 +252,11 @@ class Value:
 
 
 class Sowing:
-    """A walk over a program in plain Python: `plants` are taken, everything else that is sown is reaped."""
+    """A walk over a program in plain Python: `plants` are taken, everything else sown with the tag is reaped."""
 
-    def __init__(self, plants: dict[str, np.ndarray] | None = None):
+    def __init__(self, plants: dict[str, np.ndarray] | None = None, tag: str = TAG):
         self.plants = plants or {}
+        self.tag = tag
         self.iterations: tuple[int, ...] = ()
         self.examples: tuple[int, ...] = ()
         self.scopes: tuple[str, ...] = ()
@@ -265,6 +299,8 @@ class Sowing:
             for index in (*(self.iterations if block.mode == "append" else ()), *self.examples):
                 planted = planted[index]
             return jnp.asarray(planted), {}
+        if block.tag != self.tag:
+            return value, {}
         if block.mode == "cond_clobber":
             is_set = bool(np.sin(np.float32(x.sum() * np.float32(5 * block.number))) > 0)
             return value, {path: Value(np.asarray(value) if is_set else np.zeros(SIZE, np.float32), 0, is_set)}
@@ -341,9 +377,11 @@ def _gradient(inner: tuple[Block, ...], x: Any, at: Sowing) -> Any:
     return jax.grad(lambda x: _run_blocks(inner, x, Planted).sum())(x)
 
 
-def evaluate(program: Block, x: Any, plants: dict[str, np.ndarray] | None = None) -> tuple[Any, dict[str, np.ndarray]]:
-    """The result of a program and what it sows, by path of names ("scope/name")."""
-    out, reaps = Sowing(plants).blocks(program.inner[0], x)
+def evaluate(
+    program: Block, x: Any, plants: dict[str, np.ndarray] | None = None, tag: str = TAG
+) -> tuple[Any, dict[str, np.ndarray]]:
+    """The result of a program and what it sows with a tag, by path of names ("scope/name")."""
+    out, reaps = Sowing(plants, tag).blocks(program.inner[0], x)
     return np.asarray(out), {name: value.value for name, value in reaps.items()}
 
 
