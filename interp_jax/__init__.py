@@ -49,8 +49,11 @@ if TYPE_CHECKING:
     from interp_jax.forward.metrics import logit_difference as logit_difference
     from interp_jax.forward.sweeps import scaled as scaled
     from interp_jax.forward.sweeps import sweep as sweep
+    from interp_jax.methods.cost_recall import cost_recall as cost_recall
     from interp_jax.methods.layer_effects import layer_effects as layer_effects
     from interp_jax.methods.logit_lens import logit_lens as logit_lens
+    from interp_jax.methods.node_diagnostics import bound_missed_nodes as bound_missed_nodes
+    from interp_jax.methods.node_diagnostics import verify_top_nodes as verify_top_nodes
     from interp_jax.models.language_model import LanguageModel as LanguageModel
     from interp_jax.models.loading import load as load
     from interp_jax.transforms import greenlets as greenlets
@@ -93,8 +96,10 @@ _HOMES = {
     "interp_jax.core.sites": ("Site",),
     "interp_jax.forward.metrics": ("logit_difference",),
     "interp_jax.forward.sweeps": ("scaled", "sweep"),
+    "interp_jax.methods.cost_recall": ("cost_recall",),
     "interp_jax.methods.layer_effects": ("layer_effects",),
     "interp_jax.methods.logit_lens": ("logit_lens",),
+    "interp_jax.methods.node_diagnostics": ("bound_missed_nodes", "verify_top_nodes"),
     "interp_jax.models.language_model": ("LanguageModel",),
     "interp_jax.models.loading": ("load",),
     "interp_jax.transforms.compilations": ("compilations",),
