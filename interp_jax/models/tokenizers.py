@@ -26,6 +26,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from interp_jax.core.errors import InvalidInputError, LoadError, UnsupportedModelError, four_part
 
 if TYPE_CHECKING:
@@ -178,7 +180,17 @@ class Tokenizer:
         return f"Tokenizer({self.d_vocab:,} tokens, bos_id={self.bos_id}, eos_id={self.eos_id})"
 
     def _checked(self, tokens: Iterable[int]) -> list[int]:
-        ids = [int(token) for token in tokens]
+        ids = np.asarray(tokens).tolist() if hasattr(tokens, "dtype") else list(tokens)
+        if not all(isinstance(token, int | np.integer) and not isinstance(token, bool) for token in ids):
+            raise InvalidInputError(
+                four_part(
+                    f"{ids[:8]!r:.60} is no list of token ids",
+                    where="decode",
+                    expected="integers, as lm.tokenize returns them.",
+                    fix="for the most probable tokens of logits write logits.argmax(-1).",
+                )
+            )
+        ids = [int(token) for token in ids]
         d_vocab = self.d_vocab  # The backend counts its tokens anew each time, which takes milliseconds.
         wrong = [token for token in ids if token >= d_vocab]
         if wrong:
@@ -219,7 +231,10 @@ def from_directory(directory: Path) -> Tokenizer | None:
             backend.add_special_tokens([END_OF_TEXT] if backend.token_to_id(END_OF_TEXT) is not None else [])
         else:
             return None
-    except Exception as error:  # tokenizers raises bare Exception for whatever is wrong with a file
+    except BaseException as error:  # tokenizers raises bare Exception for whatever is wrong with a file
+        # or, where it did not foresee it, Rust's panic, which is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise LoadError(
             four_part(
                 f"Damaged tokenizer file {path.name} ({error})",

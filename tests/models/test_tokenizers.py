@@ -324,3 +324,23 @@ def test_vocabularies_that_are_not_byte_level_have_no_lost_bytes(tmp_path: Path)
     assert tokenizer is not None
     assert tokenizer.lost_bytes == frozenset()
     assert tokenizer.encode("b") == [1]
+
+
+@pytest.mark.parametrize("tokens", ["abc", [1.5, 2.0], [True, False], [None]], ids=repr)
+def test_what_is_no_token_id_is_not_decoded(tokens: Any) -> None:
+    tokenizer = from_directory(TINY_LLAMA)
+    assert tokenizer is not None
+    with pytest.raises(InvalidInputError) as error:
+        tokenizer.decode(tokens)
+    message = str(error.value)
+    assert "is no list of token ids in decode" in message
+    assert "Expected: integers" in message and "Fix: for the most probable tokens" in message
+
+
+def test_a_file_that_makes_the_backend_panic(tmp_path: Path) -> None:
+    content = json.loads((TINY_LLAMA / "tokenizer.json").read_text())
+    # Longer than the tokens it is taken off: Rust slices a text beyond its end.
+    content["model"]["continuing_subword_prefix"] = "far too long a prefix"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(LoadError, match=r"(?s)Damaged tokenizer file tokenizer\.json.*Expected.*Fix"):
+        from_directory(tmp_path)
