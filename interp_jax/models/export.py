@@ -148,10 +148,11 @@ def tensors_of(layout: Any, params: Any) -> Tensors:
     """
     leaves, tree = jax.tree.flatten(layout)
     _check_params(layout, params)
-    parts: dict[str, list[tuple[Stored, int | None, Any]]] = {}
+    parts: dict[str, list[tuple[Stored, tuple[int, ...], Any]]] = {}
     for stored, param in zip(leaves, tree.flatten_up_to(params), strict=True):
         for i, name in enumerate(stored.names):
-            parts.setdefault(name, []).append((stored, None if stored.layers is None else i, param))
+            at = tuple(map(int, np.unravel_index(i, stored.lead))) if stored.lead else ()
+            parts.setdefault(name, []).append((stored, at, param))
     entries = {}
     for name, of_name in parts.items():
         dtype = np.dtype(of_name[0][2].dtype)
@@ -159,14 +160,14 @@ def tensors_of(layout: Any, params: Any) -> Tensors:
     return Tensors(entries)
 
 
-def _assembled(parts: list[tuple[Stored, int | None, Any]]) -> np.ndarray:
+def _assembled(parts: list[tuple[Stored, tuple[int, ...], Any]]) -> np.ndarray:
     """A tensor of the file, from the parameters that are parts of it."""
-    first, layer, param = parts[0]
+    first, at, param = parts[0]
     if first.view is None and len(parts) == 1:
-        return _on_host(param, layer)
+        return _on_host(param, at)
     tensor = np.empty(first.shape, param.dtype)
     n_written = 0
-    for stored, layer, param in parts:
+    for stored, at, param in parts:
         part = tensor if stored.view is None else stored.view(tensor)
         if not np.may_share_memory(part, tensor):
             raise UnsupportedModelError(
@@ -177,7 +178,7 @@ def _assembled(parts: list[tuple[Stored, int | None, Any]]) -> np.ndarray:
                     fix="mend the layout of this family.",
                 )
             )
-        part[...] = _on_host(param, layer)
+        part[...] = _on_host(param, at)
         n_written += part.size
     if n_written != math.prod(first.shape):
         raise UnsupportedModelError(
@@ -191,13 +192,14 @@ def _assembled(parts: list[tuple[Stored, int | None, Any]]) -> np.ndarray:
     return tensor
 
 
-def _on_host(param: Any, layer: int | None) -> np.ndarray:
-    """The values of a parameter, or of one layer of it."""
+def _on_host(param: Any, at: tuple[int, ...]) -> np.ndarray:
+    """The values of a parameter, or of what lies in it at an index of its leading axes."""
     if not isinstance(param, jax.Array) or [device.platform for device in param.devices()] == ["cpu"]:
-        values = np.asarray(param)
-        return values if layer is None else values[layer]
+        return np.asarray(param)[at]
     # Of a copy, since JAX keeps on an array the values that were fetched from it.
-    one = param.copy() if layer is None else jax.lax.dynamic_index_in_dim(param, np.int32(layer), keepdims=False)
+    one = param if at else param.copy()
+    for i in at:
+        one = jax.lax.dynamic_index_in_dim(one, np.int32(i), keepdims=False)
     return np.asarray(one)
 
 

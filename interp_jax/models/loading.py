@@ -89,6 +89,7 @@ def load(
     Raises:
         LoadError: There is no such model here, or its files are damaged or contradict each other.
         UnsupportedModelError: No patch set covers its family or its configuration.
+        PatchError: The upstream library is not installed, or in a version the patches are not for.
         InvalidInputError: `name_or_path` is no name or path, `dtype` is not floating point, or `sharding` no sharding.
         ShapeError: A sharding does not fit its parameter.
     """
@@ -121,6 +122,7 @@ def from_checkpoint(
 
     Raises:
         UnsupportedModelError: No patch set covers its family or its configuration.
+        PatchError: The upstream library is not installed, or in a version the patches are not for.
         LoadError: Weights that do not fit the configuration.
     """
     if checkpoint.family not in FAMILIES:
@@ -134,6 +136,7 @@ def from_checkpoint(
             )
         )
     family = importlib.import_module(FAMILIES[checkpoint.family])
+    family.PATCH_SET.require_version()  # here, before anything is read, and not at the first forward pass
     lm = family.from_checkpoint(checkpoint, dtype=dtype, stacked=stacked, sharding=sharding)
     return dataclasses.replace(lm, config_json=checkpoint.config)
 

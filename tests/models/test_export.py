@@ -26,7 +26,8 @@ from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.loading import FAMILIES, load
 from interp_jax.models.upstream import Upstream
 from interp_jax.models.weights import writing
-from interp_jax.models.weights.layout import Stored
+from interp_jax.models.weights.checkpoint import Checkpoint
+from interp_jax.models.weights.layout import Stored, read, turned
 from tests.models.directories import DIRECTORIES, config_of
 from tests.models.weights.gguf_files import write_llama
 
@@ -300,6 +301,18 @@ def test_layouts_that_copy_or_do_not_cover() -> None:
     partial = {"a": Stored("w", (4, 3), view=lambda tensor: tensor[::2])}
     with pytest.raises(UnsupportedModelError, match="make up 6 of the 12 values of 'w' in export"):
         export.tensors_of(partial, params)["w"]
+
+
+def test_a_parameter_that_is_several_tensors_of_each_layer(rng: np.random.Generator) -> None:
+    param = rng.standard_normal((4, 2, 3, 5), np.float32)
+    layout = {"kv": Stored("h.{}.{part}", (5, 3), layers=range(4), parts=("k", "v"), view=turned)}
+    for params in ({"kv": param}, {"kv": jax.device_put(param, jax.devices()[1])}):
+        tensors = export.tensors_of(layout, params)
+        assert set(tensors) == {f"h.{i}.{part}" for i in range(4) for part in "kv"}
+        np.testing.assert_array_equal(tensors["h.2.v"], param[2, 1].T)
+    checkpoint = Checkpoint("gpt2", {}, tensors, tokenizer=None, source="memory")
+    with checkpoint.intake() as intake:
+        np.testing.assert_array_equal(read(layout, intake, dtype=np.float32)["kv"], param)
 
 
 def test_tensors_that_several_parameters_share() -> None:

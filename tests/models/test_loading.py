@@ -5,6 +5,8 @@ Source: interp_jax.
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -15,9 +17,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from interp_jax.core.errors import InvalidInputError, LoadError, UnsupportedModelError
+from interp_jax.core.errors import InvalidInputError, LoadError, PatchError, UnsupportedModelError
 from interp_jax.models import loading
 from interp_jax.models.loading import FAMILIES, PUBLISHED, load, read_checkpoint
+from interp_jax.models.weights.checkpoint import Tensors
 from tests.models.weights.gguf_files import ORACLES, write_llama
 
 FAMILY_NAMES = sorted(FAMILIES)
@@ -203,6 +206,32 @@ def test_a_family_nobody_covers(directory: Path):
     words = refusal(directory, UnsupportedModelError)
     assert words.startswith(f"A model of the family 'llama2' (model_type) in {directory}. Did you mean 'llama'?")
     assert f"Known: {', '.join(FAMILIES)}\n" in words
+
+
+@pytest.mark.parametrize(("said", "held"), [("llama", "gpt2"), ("gpt2", "mistral")])
+def test_weights_of_another_family(said: str, held: str, tmp_path: Path):
+    directory = Path(shutil.copytree(tiny(said), tmp_path / said))
+    shutil.copy(tiny(held) / "model.safetensors", directory)
+    words = refusal(directory)
+    n_expected = len(load_file(tiny(said) / "model.safetensors"))
+    assert f"    missing ({n_expected}): " in words
+    assert "    left over (" in words
+    assert "transformer.h.{0..2}." in words
+    assert "model.layers.{0..2}.self_attn" in words
+
+
+def test_an_upstream_version_out_of_range_is_told_before_anything_is_read(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+):
+    family = importlib.import_module(FAMILIES[json.loads((directory / "config.json").read_text())["model_type"]])
+    patch_set = dataclasses.replace(family.PATCH_SET, versions={"jax": "<0.4", "flax": ">=99"})
+    monkeypatch.setattr(family, "PATCH_SET", patch_set)
+    monkeypatch.setattr(Tensors, "rows", lambda self, name: pytest.fail("a tensor was read"))
+    words = refusal(directory, PatchError)
+    assert words.startswith("Upstream versions jax ")
+    assert ", flax " in words
+    assert "Expected: jax <0.4, flax >=99." in words
+    assert "Fix: pip install 'jax<0.4' 'flax>=99'" in words
 
 
 # -- names and paths

@@ -53,24 +53,35 @@ class Stored:
         shape: Its shape in the file.
         layers: Which layers' tensors are stacked, on a leading axis; None for a single tensor.
         view: `(tensor) -> the parameter`, as a view of the tensor; by default the tensor itself.
+        parts: What "{part}" in the name stands for, if upstream holds several tensors as one parameter, on an axis
+            that follows that of the layers.
     """
 
     name: str
     shape: tuple[int, ...]
     layers: Sequence[int] | None = None
     view: Callable[[np.ndarray], np.ndarray] | None = None
+    parts: Sequence[str] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of its tensors in the file."""
-        return (self.name,) if self.layers is None else tuple(self.name.format(i) for i in self.layers)
+        """The names of its tensors in the file, in the order of the leading axes of the parameter."""
+        if self.layers is None and self.parts is None:
+            return (self.name,)
+        layers = (None,) if self.layers is None else self.layers
+        return tuple(self.name.format(i, part=part) for i in layers for part in self.parts or ("",))
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The sizes of the axes of the parameter that its tensors do not have: of layers, and of parts."""
+        return tuple(len(several) for several in (self.layers, self.parts) if several is not None)
 
     @property
     def param_shape(self) -> tuple[int, ...]:
         """The shape of the parameter."""
         # Memory that is not touched is not there.
         one = self.shape if self.view is None else self.view(np.empty(self.shape, np.bool_)).shape
-        return one if self.layers is None else (len(self.layers), *one)
+        return (*self.lead, *one)
 
 
 def read(layout: Any, intake: Intake, *, dtype: Any, sharding: Placement | None = None) -> Any:
@@ -197,7 +208,8 @@ def _array(stored: Stored, intake: Intake, dtype: np.dtype, sharding: Sharding |
 def _pieces(stored: Stored, intake: Intake, dtype: np.dtype) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
     """Pieces of a parameter, and where in it they belong."""
     for i, name in enumerate(stored.names):
-        stack, at = ((), ...) if stored.layers is None else ((slice(i, i + 1),), None)
+        stack = tuple(slice(int(at), int(at) + 1) for at in np.unravel_index(i, stored.lead)) if stored.lead else ()
+        at = (*(None,) * len(stored.lead), ...)
         is_turned = stored.view is turned and len(stored.shape) == 2
         if stored.view is None or is_turned:
             for rows, values in intake.rows(name, stored.shape, dtype=dtype):

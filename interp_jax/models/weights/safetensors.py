@@ -77,9 +77,11 @@ def read_checkpoint(directory: Path, *, source: str | None = None) -> Checkpoint
                 fix="take the config.json the model was published with.",
             )
         )
+    files = _weight_files(directory)
+    _check_files(files)
     tensors: dict[str, LazyTensor] = {}
-    for path, names in _weight_files(directory).items():
-        tensors |= _open_file(path, names)
+    for path in files:
+        tensors |= _open_file(path)
     return Checkpoint(family, config, Tensors(tensors), tokenizer_rules.from_directory(directory), source)
 
 
@@ -136,36 +138,50 @@ def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
     )
 
 
-def _open_file(path: Path, names: set[str] | None) -> dict[str, LazyTensor]:
-    """The tensors of one file, compared with what the index says is in it."""
+def _check_files(files: Mapping[Path, set[str] | None]) -> None:
+    """Refuse files that are damaged, or do not hold what the index says, naming all of them."""
     from safetensors import SafetensorError, safe_open
 
-    try:
-        file = safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        with path.open("rb") as stream:
-            is_pointer = stream.read(40).startswith(b"version https://git-lfs")
-        damage = "a Git LFS pointer in place of the file" if is_pointer else str(error)
+    damaged, contradictions = [], []
+    is_pointer = False
+    for path, names in files.items():
+        try:
+            with safe_open(path, framework="numpy") as file:
+                found = set(file.keys())
+        except (SafetensorError, OSError) as error:
+            with path.open("rb") as stream:
+                is_pointer = stream.read(40).startswith(b"version https://git-lfs")
+            damaged.append(f"{path.name} ({'a Git LFS pointer in place of the file' if is_pointer else error})")
+            continue
+        if names is not None and names != found:
+            contradictions.append(
+                f"{path.name} that does not hold what {INDEX} says"
+                f" (missing: {shorten(sorted(names - found)) or 'none'};"
+                f" not in the index: {shorten(sorted(found - names)) or 'none'})"
+            )
+    where = str(next(iter(files)).parent)
+    if damaged:
         raise LoadError(
             four_part(
-                f"Damaged weight file {path.name} ({damage})",
-                where=str(path.parent),
-                expected="a complete safetensors file.",
+                "Damaged weight file " + ", ".join(damaged),
+                where=where,
+                expected="complete safetensors files.",
                 fix="run `git lfs pull`." if is_pointer else "download the file again and compare its size.",
             )
-        ) from error
-    found = set(file.keys())
-    if names is not None and names != found:
+        )
+    if contradictions:
         raise LoadError(
             four_part(
-                f"Weight file {path.name} that does not hold what {INDEX} says"
-                + f" (missing: {shorten(sorted(names - found)) or 'none'};"
-                + f" not in the index: {shorten(sorted(found - names)) or 'none'})",
-                where=str(path.parent),
+                "Weight file " + ",\n  ".join(contradictions),
+                where=where,
                 expected="in each file the tensors the index maps to it, and no other.",
                 fix="download the index and the weight files again, from one revision of the model.",
             )
         )
+
+
+def _open_file(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of one file, which is known to be whole."""
     # The library checked the file; it is read without it, since what it maps counts as memory of this process.
     with path.open("rb") as stream:
         n_header = int.from_bytes(stream.read(8), "little")

@@ -100,7 +100,7 @@ def test_a_truncated_file(directory: Path, length: int):
     path.write_bytes(path.read_bytes()[:length])
     words = refusal(directory)
     assert words.startswith("Damaged weight file model.safetensors (")
-    assert "Expected: a complete safetensors file." in words
+    assert "Expected: complete safetensors files." in words
     assert "Fix: download the file again and compare its size." in words
 
 
@@ -108,6 +108,15 @@ def test_a_truncated_file_among_several(sharded: Path):
     path = sharded / "model-00002-of-00003.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     assert refusal(sharded).startswith("Damaged weight file model-00002-of-00003.safetensors (")
+
+
+def test_all_truncated_files_are_named(sharded: Path):
+    for i in (1, 3):
+        path = sharded / f"model-0000{i}-of-00003.safetensors"
+        path.write_bytes(path.read_bytes()[:-10])
+    words = refusal(sharded)
+    assert words.startswith("Damaged weight file model-00001-of-00003.safetensors (")
+    assert ", model-00003-of-00003.safetensors (" in words
 
 
 def test_a_pointer_in_place_of_the_file(directory: Path):
@@ -134,6 +143,17 @@ def test_an_index_that_contradicts_the_files(sharded: Path):
     words = refusal(sharded)
     assert f"Weight file {path.name} that does not hold what {INDEX} says (missing: lm_head.weight, " in words
     assert "not in the index: stranger)" in words
+
+
+def test_an_index_that_names_tensors_there_are_not(sharded: Path):
+    index = json.loads((sharded / INDEX).read_text())
+    for i in (1, 2):
+        index["weight_map"][f"model.layers.9{i}.w"] = f"model-0000{i}-of-00003.safetensors"
+    (sharded / INDEX).write_text(json.dumps(index))
+    words = refusal(sharded)
+    for i in (1, 2):
+        assert f"model-0000{i}-of-00003.safetensors that does not hold what {INDEX} says" in words
+        assert f"(missing: model.layers.9{i}.w; not in the index: none)" in words
 
 
 @pytest.mark.parametrize(("text", "words"), [("{}", "without weight_map"), ("{", "Damaged"), ("[]", "holds a list")])
