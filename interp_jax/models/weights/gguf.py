@@ -58,6 +58,7 @@ _CONFIG_KEYS = _REQUIRED_KEYS | {
 }
 _IMPLIED_KEYS = ("vocab_size", "rope.dimension_count", "attention.value_length")  # what they say follows from others
 _SCALING = "rope.scaling."
+_FACTORS = "rope_freqs.weight"  # what each rotary frequency is divided by, in files of Llama 3.1 and later
 
 
 def read_checkpoint(path: Path, *, source: str | None = None) -> Checkpoint:
@@ -80,6 +81,8 @@ def read_checkpoint(path: Path, *, source: str | None = None) -> Checkpoint:
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     tensors = {}
     for name, entry in file.entries.items():
+        if name == _FACTORS:
+            continue
         n_heads = next((n for part, n in heads.items() if f".{part}." in name), None)
         if n_heads is not None and (n_heads < 1 or entry.shape[0] % (2 * n_heads)):
             raise LoadError(
@@ -113,6 +116,47 @@ def unpermuted(rows: np.ndarray, *, n_heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
+def llama3_scaling(factors: np.ndarray, theta: float, d_head: int, *, source: str) -> dict[str, Any] | None:
+    """The `rope_scaling` that llama.cpp's converter made these factors of.
+
+    factor_i = 1 if w < old / high,  factor if w > old / low,  between them 1 / ((1 - s) / factor + s),
+    s = (old / w - low) / (high - low),  w = 2 pi theta^(2 i / d_head);  old = 8192, low = 1, high = 4
+
+    Args:
+        factors: What each frequency is divided by, `[d_head / 2]`.
+        theta: The rotary base.
+        d_head: Size of a head.
+        source: The file, for the error message.
+
+    Returns:
+        A `rope_scaling` of kind llama3; None if all factors are 1.
+
+    Raises:
+        UnsupportedModelError: They are not those of the training context and the bounds all Llama 3 models share.
+
+    Source: llama.cpp, convert_hf_to_gguf.py, LlamaModel.generate_extra_tensors.
+    """
+    if np.all(factors == 1):
+        return None
+    low, high, old = 1.0, 4.0, 8192
+    factor = float(factors.max())
+    n_turns = old / (2 * np.pi * theta ** (np.arange(0, d_head, 2) / d_head))
+    share = np.clip((n_turns - low) / (high - low), 0, 1)
+    expected = 1 / ((1 - share) / factor + share)
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4, atol=0):
+        given = np.round(factors, 3).tolist()
+        raise UnsupportedModelError(
+            four_part(
+                f"Factors of rotary frequencies ({_FACTORS}) that are not Llama 3's: {given!s:.80}",
+                where=source,
+                expected="those that llama.cpp writes for a training context of 8192 and the bounds 1 and 4.",
+                fix="load the model from a Hugging Face directory, whose config.json says how it scales.",
+            )
+        )
+    bounds = {"low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": old}
+    return {"rope_type": "llama3", "factor": factor, **bounds}
+
+
 def _lazy_tensor(file: GgufFile, name: str, n_heads: int | None) -> LazyTensor:
     """Tensor `name` in Hugging Face's layout."""
     shape, dtype = file.entries[name].shape, np.dtype(np.float32)
@@ -144,6 +188,10 @@ def _hugging_face_config(file: GgufFile, source: str) -> dict[str, Any]:
     scaling = {key.removeprefix(_SCALING): value for key, value in header.items() if key.startswith(_SCALING)}
     if scaling.get("type", "none") != "none":
         config["rope_scaling"] = {"rope_type": scaling.pop("type"), **scaling}
+    if _FACTORS in file.entries:
+        config["rope_scaling"] = llama3_scaling(
+            file.tensor(_FACTORS), config["rope_theta"], config["head_dim"], source=source
+        )
     for role in ("bos", "eos"):
         config[f"{role}_token_id"] = file.metadata.get(f"tokenizer.ggml.{role}_token_id")
     implied = dict(zip(_IMPLIED_KEYS, (config["vocab_size"], config["head_dim"], config["head_dim"]), strict=True))

@@ -60,6 +60,7 @@ def write_llama(
     architecture: str = "llama",
     more: Mapping[str, Any] | None = None,
     without: tuple[str, ...] = (),
+    stored: Mapping[str, tuple[np.ndarray, Kind]] | None = None,
 ) -> Path:
     """Write a Llama as llama.cpp's converter would, float32, with a byte-level tokenizer of 260 tokens.
 
@@ -70,6 +71,7 @@ def write_llama(
         architecture: What to call it.
         more: Further numbers and strings for the header.
         without: Header keys and tensors (in GGUF's names) to leave out.
+        stored: Tensors (in GGUF's names) to write as these bytes, uint8, and of what kind they are.
     """
     header: dict[str, Any] = {
         "llama.block_count": config["num_hidden_layers"],
@@ -104,10 +106,13 @@ def write_llama(
     writer.add_token_merges(["Ġ t", "h e", "Ġt he"])
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     for name, values in tensors.items():
-        stored = gguf_name(name)
-        n_heads = next((n for part, n in heads.items() if part in stored), None)
-        if stored not in without:
-            writer.add_tensor(stored, values if n_heads is None else permuted(values, n_heads), raw_dtype=Kind.F32)
+        written = gguf_name(name)
+        n_heads = next((n for part, n in heads.items() if part in written), None)
+        if stored is not None and written in stored:
+            data, kind = stored[written]
+            writer.add_tensor(written, data, raw_dtype=kind)
+        elif written not in without:
+            writer.add_tensor(written, values if n_heads is None else permuted(values, n_heads), raw_dtype=Kind.F32)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

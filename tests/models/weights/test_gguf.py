@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 from interp_jax.core.errors import InterpError, LoadError, UnsupportedModelError
 from interp_jax.models.weights import gguf, safetensors
 from interp_jax.models.weights.gguf_file import dequantised, open_file
+from interp_jax.patches import rotary
 from tests.models.weights.gguf_files import TINY_LLAMA, write_llama
 
 CONFIG: dict[str, Any] = json.loads((TINY_LLAMA / "config.json").read_text())
@@ -81,6 +83,49 @@ def test_rope_scaling_is_passed_on(tmp_path: Path):
     assert checkpoint.config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
     none = write_llama(tmp_path / "none.gguf", CONFIG, TENSORS, more={"llama.rope.scaling.type": "none"})
     assert "rope_scaling" not in gguf.read_checkpoint(none).config
+
+
+def factors(theta: float, d_head: int, factor: float, *, old: float = 8192.0) -> np.ndarray:
+    """What llama.cpp's converter divides frequencies by, one at a time."""
+    found = []
+    for i in range(d_head // 2):
+        wavelength = 2 * math.pi * theta ** (2 * i / d_head)
+        share = (old / wavelength - 1) / 3
+        found.append(
+            1.0 if wavelength < old / 4 else factor if wavelength > old else 1 / ((1 - share) / factor + share)
+        )
+    return np.array(found, np.float32)
+
+
+@pytest.mark.parametrize(("theta", "d_head", "factor"), [(500000.0, 64, 32.0), (500000.0, 128, 8.0)])
+def test_factors_of_frequencies_become_llama3s_scaling(theta: float, d_head: int, factor: float):
+    given = factors(theta, d_head, factor)
+    assert len(set(given.tolist())) > 3
+    scaling = gguf.llama3_scaling(given, theta, d_head, source="x.gguf")
+    assert scaling == {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    plain, scaled = rotary.rotary_frequencies(theta, d_head), rotary.scaled_frequencies(theta, d_head, scaling, n_ctx=1)
+    np.testing.assert_allclose(scaled, plain / np.tile(given, 2), rtol=1e-5)
+    for other in (factors(theta, d_head, factor, old=4096.0), given[:-1]):
+        with pytest.raises(UnsupportedModelError, match=r"Factors of rotary frequencies .* not Llama 3's.* in x\.gguf"):
+            gguf.llama3_scaling(other, theta, d_head, source="x.gguf")
+
+
+def test_factors_in_a_file(tmp_path: Path):
+    config = CONFIG | {"rope_theta": 500000.0}
+    extra = {"rope_freqs.weight": factors(500000.0, 6, 8.0)}
+    checkpoint = gguf.read_checkpoint(write_llama(tmp_path / "l3.gguf", config, TENSORS | extra))
+    assert checkpoint.config["rope_scaling"]["factor"] == 8.0
+    assert set(checkpoint.tensors) == set(TENSORS)
+    ones = {"rope_freqs.weight": np.ones(3, np.float32)}
+    assert (
+        gguf.read_checkpoint(write_llama(tmp_path / "l2.gguf", config, TENSORS | ones)).config["rope_scaling"] is None
+    )
 
 
 def test_header_and_tensors_are_what_the_gguf_package_reads(tiny: Path):
@@ -256,10 +301,10 @@ def test_values_of_the_wrong_kind(tmp_path: Path, key: str, value: Any, words: s
 
 
 def test_tensors_nobody_understands_keep_their_name_and_are_left_over(tmp_path: Path):
-    extra = {"rope_freqs.weight": np.ones(3, np.float32)}
+    extra = {"strange.weight": np.ones(3, np.float32)}
     checkpoint = gguf.read_checkpoint(write_llama(tmp_path / "m.gguf", CONFIG, TENSORS | extra))
     intake = checkpoint.intake()
     for name, values in TENSORS.items():
         intake.take(name, values.shape)
-    with pytest.raises(LoadError, match=r"left over \(1\): rope_freqs.weight"):
+    with pytest.raises(LoadError, match=r"left over \(1\): strange.weight"):
         intake.finish()
