@@ -2,8 +2,7 @@
 
 A Penzai model is a tree of layer objects made by builder functions. A family's patch set therefore patches the
 builders, which then put a `Tag` wherever there is to be a site. Penzai names axes and keeps them in any order in
-memory: a tag sows under `jax.vmap` over each axis in turn, which leaves the memory as it is and shows the axes in the
-order asked for.
+memory; a tag leaves the memory as it is and shows the axes in the order asked for.
 
 >>> tag = Tag("mlp_pre", "batch", "seq", "neurons")
 >>> jax.tree.leaves(tag), tag
@@ -25,8 +24,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from interp_jax.patches.ordered_axes import sow_in_order
 from interp_jax.transforms.patcher import Patcher
-from interp_jax.transforms.sowing import LISTENER, layer_scope, loop_layer, sow
+from interp_jax.transforms.sowing import LISTENER, layer_scope, loop_layer
 
 
 @jax.tree_util.register_static
@@ -42,17 +42,9 @@ class Tag:
         self._name, self._axes = name, axes
 
     def __call__(self, value: Any, **side_inputs: Any) -> Any:
-        if LISTENER.get() is not None:  # The python engine hands out what it is given, traced or not.
-            array = sow(value.unwrap(*self._axes), name=self._name)
-            return type(value).wrap(array).tag(*self._axes).order_like(value)
         stored = list(value.named_shape)
-        at = [stored.index(axis) for axis in self._axes]
-        # The outermost map is over the first axis; those inside it no longer see that one.
-        at = [axis - sum(before < axis for before in at[:i]) for i, axis in enumerate(at)]
-        sown: Callable[[Any], Any] = functools.partial(sow, name=self._name)
-        for axis in reversed(at):
-            sown = jax.vmap(sown, in_axes=axis, out_axes=axis)
-        return jax.tree.map(sown, value)
+        order = [stored.index(axis) for axis in self._axes]
+        return jax.tree.map(lambda array: sow_in_order(array, order, name=self._name), value)
 
     def __repr__(self) -> str:
         return f"Tag({', '.join(map(repr, (self._name, *self._axes)))})"

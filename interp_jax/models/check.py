@@ -222,7 +222,7 @@ _decode = counted_jit(_decode_residual, name="last lens view", static_argnums=0)
 _SHAPES: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("embed", "pos_embed", "ln_final"), ("batch", "pos", "d_model")),
     **dict.fromkeys(("resid_pre", "resid_mid", "resid_post"), ("batch", "pos", "d_model")),
-    **dict.fromkeys(("ln1", "attn_out", "ln2", "mlp_out"), ("batch", "pos", "d_model")),
+    **dict.fromkeys(("ln1", "attn_proj", "attn_out", "ln2", "mlp_proj", "mlp_out"), ("batch", "pos", "d_model")),
     **dict.fromkeys(("q", "rot_q", "z"), ("batch", "pos", "n_heads", "d_head")),
     **dict.fromkeys(("k", "v", "rot_k"), ("batch", "pos", "n_kv_heads", "d_head")),
     **dict.fromkeys(("attn_scores", "pattern"), ("batch", "n_heads", "pos", "pos")),
@@ -296,8 +296,14 @@ def _unheard(
 
 
 def stable_hlo(fn: Callable[..., Any], *args: Any) -> str:
-    """The StableHLO text `jax.jit(fn)` lowers to on these `args`, without the function's name."""
-    return re.sub(r"^module @\S+", "module", jax.jit(fn).lower(*args).as_text())
+    """The StableHLO text `jax.jit(fn)` lowers to on these `args`, whatever the names of its functions.
+
+    JAX numbers private functions of one name as it meets them, some of them before it drops them; here they are
+    numbered as they appear.
+    """
+    text = re.sub(r"^module @\S+", "module", jax.jit(fn).lower(*args).as_text())
+    symbols = {name: i for i, name in enumerate(dict.fromkeys(re.findall(r"@[\w.]+", text)))}
+    return re.sub(r"@[\w.]+", lambda found: f"{re.sub(r'_[0-9]+$', '', found[0])}_{symbols[found[0]]}", text)
 
 
 def _nothing_changes(fn: Callable[..., Any], args: tuple[Any, ...], result: Any) -> Outcome:

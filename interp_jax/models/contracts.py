@@ -230,8 +230,10 @@ def _z(e: Evidence) -> Iterator[Finding]:
 
 def _attn_out(e: Evidence) -> Iterator[Finding]:
     for i in e.layers:
-        if e.has(i, "z", "attn_out") and "W_O" in e.weight_names:
-            site, z, w_o = Site(i, "attn_out"), e(i, "z"), e.w("W_O", i)
+        # What is normed before it is added to the residual stream is a site of its own.
+        name = "attn_proj" if e.has(i, "attn_proj") else "attn_out"
+        if e.has(i, "z", name) and "W_O" in e.weight_names:
+            site, z, w_o = Site(i, name), e(i, "z"), e.w("W_O", i)
             expected = np.einsum("bphd,hdm->bpm", z, w_o) + e.w("b_O", i)
             scale = np.einsum("bphd,hdm->bpm", np.abs(z), np.abs(w_o))
             yield _compare(site, e(*site), expected, e.product(site), scale)
@@ -248,8 +250,9 @@ def _mlp_post(e: Evidence) -> Iterator[Finding]:
 
 def _mlp_out(e: Evidence) -> Iterator[Finding]:
     for i in e.layers:
-        if e.has(i, "mlp_post", "mlp_out") and "W_out" in e.weight_names:
-            site, post, w_out = Site(i, "mlp_out"), e(i, "mlp_post"), e.w("W_out", i)
+        name = "mlp_proj" if e.has(i, "mlp_proj") else "mlp_out"
+        if e.has(i, "mlp_post", name) and "W_out" in e.weight_names:
+            site, post, w_out = Site(i, name), e(i, "mlp_post"), e.w("W_out", i)
             scale = np.abs(post) @ np.abs(w_out)
             yield _compare(site, e(*site), post @ w_out + e.w("b_out", i), e.product(site), scale)
 
