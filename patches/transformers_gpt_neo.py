@@ -281,15 +281,12 @@ def _check_attention(checkpoint: Checkpoint) -> None:
         wrong.append(f"{len(kinds)} kinds of attention ({', '.join(kinds) or 'none'}) for num_layers={n_layers}")
     if listed is not None and tuple(listed) != kinds:
         wrong.append(f"attention_layers ({', '.join(listed)}) that contradict attention_types ({', '.join(kinds)})")
-    if config["window_size"] < 1:
-        wrong.append(f"window_size={config['window_size']}")
     if wrong:
         raise UnsupportedModelError(
             four_part(
                 "Configuration with " + "; ".join(wrong),
                 where=checkpoint.source,
-                expected="'global' or 'local' for each layer, in attention_types, attention_layers or both alike, and "
-                "a window of at least 1.",
+                expected="'global' or 'local' for each layer, in attention_types, attention_layers or both alike.",
                 fix="check that config.json is complete and belongs to this model.",
             )
         )

@@ -264,10 +264,9 @@ class Names:
         Returns:
             Stacked parameters, or those of each layer by its number.
         """
-        stride = self._layers.stride
         if not self._layers.is_stacked:
             return _numbered([layer(at.format(i)) for i in range(self._layers.n_layers)])
-        if stride == 1:
+        if (stride := self._layers.stride) == 1:
             return layer(at)
         # "{1}" stands for every layer that is second in its group.
         return _numbered([layer(at.format(f"{{{offset}}}")) for offset in range(stride)])

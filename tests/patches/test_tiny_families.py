@@ -58,12 +58,12 @@ def vanilla(family: str, **changes: Any) -> Any:
     return getattr(module, module_name)(getattr(module, config_name)(**config | changes))
 
 
-def altered(family: str, *, without: str = "", **changes: Any) -> Any:
+def altered(family: str, *, without: str | None = None, **changes: Any) -> Any:
     """The tiny model's files with another configuration (None takes a key away) or without a tensor."""
     checkpoint = read_checkpoint(ORACLES / f"tiny_{family}")
     config = {key: value for key, value in {**checkpoint.config, **changes}.items() if value is not None}
     tensors = checkpoint.tensors
-    if without:
+    if without is not None:
         tensors = type(tensors).from_arrays({name: tensors[name] for name in tensors if name != without})
     return dataclasses.replace(checkpoint, config=config, tensors=tensors)
 
@@ -264,8 +264,11 @@ CASES: dict[str, tuple[str, dict[str, Any], type[Exception], tuple[str, ...]]] =
         ("0 kinds of attention (none) for num_layers=4",),
     ),
     "neo-contradiction": (
-        "gpt_neo", {"attention_layers": ["local"] * 4, "window_size": -1}, UnsupportedModelError,
-        ("attention_layers (local, local, local, local) that contradict", "global, local, global, local", "size=-1"),
+        "gpt_neo", {"attention_layers": ["local"] * 4, "num_layers": 5}, UnsupportedModelError,
+        (
+            "4 kinds of attention (global, local, global, local) for num_layers=5",
+            "attention_layers (local, local, local, local) that contradict attention_types (global, local",
+        ),
     ),
     "neo-other-kind": (
         "gpt_neo", {"attention_types": [[["sparse"], 4]], "attention_layers": None}, UnsupportedModelError,
