@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax import lax
 
@@ -203,8 +203,19 @@ CHOICES = st.sampled_from([lambda sites: sites, lambda sites: sites[:1], lambda 
 EDITS = st.lists(st.tuples(st.integers(0, 50), st.integers(0, 3)), min_size=1, max_size=4)
 
 
-@settings(max_examples=4)
+# Groups of two layers, of which each has a site that the other lacks.
+ALTERNATING = Model(
+    ((Item(0.5, "a", 0, "strict"),), (Item(0.75, "", 0, "strict"), Item(1.25, "b", 2, "append"))),
+    n_groups=3,
+    is_chunked=False,
+    is_checkpointed=True,
+    is_reversed=True,
+)
+
+
+@settings(max_examples=3)
 @given(models(), CHOICES, EDITS)
+@example(ALTERNATING, lambda sites: sites[1::2], [(1, 0), (1, 1), (4, 3)])
 def test_a_few(model: Model, chosen: Any, edits: list[tuple[int, int]]) -> None:
     check(model, chosen, edits)
 
