@@ -36,6 +36,12 @@ if TYPE_CHECKING:
 # The cut of GPT-2: contractions, then letters, numbers or other marks with at most one space before, then spaces.
 _GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 
+# The cut of Llama 3: numbers in threes, and a word takes along one mark before it.
+_LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's only special token, which its oldest files do not call special
 
 # What llama.cpp does for each `tokenizer.ggml.pre`: expressions applied one after the other; each cuts every piece so
@@ -45,8 +51,12 @@ PRE_TOKENIZERS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(
         ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), (r"\p{N}", _GPT2_WORDS)
     ),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), (_LLAMA3_WORDS,)),
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2_WORDS, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }
+
+# Under these, a piece that is a token is that token, whatever the merges, and texts begin with `bos_id` by default.
+_WHOLE_TOKENS_FIRST = ("llama-bpe", "llama3", "llama-v3")
 
 _PRE = "tokenizer.ggml.pre"
 _CONTROL, _USER_DEFINED = 3, 4  # values of `tokenizer.ggml.token_type`
@@ -268,8 +278,10 @@ def from_gguf_metadata(metadata: Mapping[str, Any], *, source: str = "GGUF metad
     _check_gguf_metadata(metadata, source)
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    takes_whole = metadata.get(_PRE) in _WHOLE_TOKENS_FIRST
     try:
-        model = tokenizers.models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges)
+        model = tokenizers.models.BPE(vocab=vocab, merges=merges, ignore_merges=takes_whole)
     except Exception as error:  # tokenizers raises bare Exception when a merge is not a pair of known tokens
         raise _damaged(f"merges ({error})", "pairs of tokens whose union is a token", source) from error
     backend = _byte_level(model, PRE_TOKENIZERS[metadata.get(_PRE, "default")])
@@ -281,7 +293,7 @@ def from_gguf_metadata(metadata: Mapping[str, Any], *, source: str = "GGUF metad
     bos_id, eos_id = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
     _add_ends(
         backend,
-        before=bos_id if metadata.get("tokenizer.ggml.add_bos_token") else None,
+        before=bos_id if metadata.get("tokenizer.ggml.add_bos_token", takes_whole) else None,
         after=eos_id if metadata.get("tokenizer.ggml.add_eos_token") else None,
     )
     return _wrapped(backend, bos_id, eos_id)
