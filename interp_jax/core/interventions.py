@@ -63,7 +63,7 @@ def same_form(value: Any, new: Any, *, where: str, cast: bool = False, hint: str
     new_leaves, new_tree = jax.tree.flatten(new)
 
     def refuse(what: str, expected: str) -> ShapeError:
-        fix = f"give the new value the form of the old one (or pass cast=True for dtypes only).{hint and ' ' + hint}"
+        fix = f"give the new value the form of the old one, as `value * 0` has it.{hint and ' ' + hint}"
         return ShapeError(four_part(what, where=f"site {where}", expected=expected, fix=fix))
 
     if old_tree != new_tree:

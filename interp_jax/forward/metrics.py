@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.tree_util import Partial
 
 from interp_jax.core.errors import InvalidInputError, ShapeError, four_part
@@ -60,10 +61,63 @@ def logit_difference(positive: Any, negative: Any, *, position: int = -1) -> Par
 
 
 def _difference(positive: Any, negative: Any, position: Any, logits: Any) -> jax.Array:
+    _check_in_range(positive, negative, position, logits.shape)
     at_position = logits[:, position].astype(jnp.float32)
     rows = jnp.arange(at_position.shape[0])
     batch = at_position.shape[:1]
     return at_position[rows, jnp.broadcast_to(positive, batch)] - at_position[rows, jnp.broadcast_to(negative, batch)]
+
+
+def check_metric_reads(metric: Metric, shape: tuple[int, ...]) -> None:
+    """Refuse a metric of this module that reads logits there are none of, before its ids are traced.
+
+    Args:
+        metric: Any metric.
+        shape: Shape of the logits, `[batch, pos, d_vocab]`.
+
+    Raises:
+        InvalidInputError: An id or a position is out of range.
+    """
+    if isinstance(metric, Partial) and metric.func is _difference:
+        positive, negative, position = metric.args
+        _check_in_range(positive, negative, position, shape)
+
+
+def _check_in_range(positive: Any, negative: Any, position: Any, shape: tuple[int, ...]) -> None:
+    """Refuse ids and positions the logits do not have, where JAX would read others; traced ones are not known."""
+    if any(isinstance(part, Tracer) for part in (positive, negative, position)):
+        return
+    top = max(int(np.max(positive)), int(np.max(negative)))
+    if top >= shape[-1] or not -shape[1] <= int(position) < shape[1]:
+        raise InvalidInputError(
+            four_part(
+                f"Token id {top} at position {int(position)} was asked for",
+                where=f"logit_difference of logits {list(shape)}",
+                expected=f"ids below {shape[-1]}, and a position from {-shape[1]} to {shape[1] - 1}.",
+                fix="take the ids from this model's own lm.tokenize.",
+            )
+        )
+
+
+def check_metric(metric: Any, *, where: str) -> None:
+    """Refuse what is no metric.
+
+    Args:
+        metric: What was given.
+        where: The public call, for the error message.
+
+    Raises:
+        InvalidInputError: It cannot be called.
+    """
+    if not callable(metric):
+        raise InvalidInputError(
+            four_part(
+                f"{metric!r:.60} ({type(metric).__name__}) was given as the metric",
+                where=where,
+                expected="a function from logits [batch, pos, d_vocab] to [batch].",
+                fix="use logit_difference(answer, other), or a function of your own.",
+            )
+        )
 
 
 def check_metric_value(value: Any, *, batch: int, where: str) -> Any:

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from interp_jax.core.errors import InvalidInputError, ShapeError, four_part
 from interp_jax.core.interventions import apply_intervention
 from interp_jax.core.sites import Selector, Site, select_sites
-from interp_jax.forward.metrics import Metric, check_metric_value
+from interp_jax.forward.metrics import Metric, check_metric, check_metric_reads, check_metric_value
 from interp_jax.transforms.compilations import counted_jit
 from interp_jax.transforms.running_pass import run
 
@@ -96,6 +96,7 @@ def sweep(
             one float per row of the batch.
         InvalidInputError: The table is empty, two selectors share a site, or `rows_per_step` is not positive.
     """
+    check_metric(metric, where="sweep")
     rows = lm.sites(tokens)
     by_site = _by_site(table, rows.sites)
     n_rows = _n_rows(by_site)
@@ -105,6 +106,8 @@ def sweep(
         raise _refuse(f"rows_per_step={rows_per_step} was given", "a positive number.", "choose 1 or more.")
     metric = metric if isinstance(metric, Partial) else Partial(metric)
     tokens = np.asarray(lm.check_tokens(tokens, where="sweep"))
+    if lm.config is not None:  # Where the metric is compiled its ids are no longer known.
+        check_metric_reads(metric, (*tokens.shape, lm.config.d_vocab))
 
     sites, interventions = tuple(by_site), tuple(by_site.values())
     values = np.empty((n_rows, len(tokens)), np.float32)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from interp_jax.core.errors import UnknownNameError, four_part
 from interp_jax.core.interventions import Masked
 from interp_jax.core.sites import Selector, Site, select_sites
-from interp_jax.forward.metrics import Metric, check_metric_value
+from interp_jax.forward.metrics import Metric, check_metric, check_metric_value
 from interp_jax.forward.sweeps import sweep
 
 if TYPE_CHECKING:
@@ -124,6 +124,7 @@ def layer_effects(
                 f"Unknown route {route!r}", where="layer_effects", names=ROUTES, given=route, fix="use one of them."
             )
         )
+    check_metric(metric, where="layer_effects")
     chosen = tuple(select_sites(sites, lm.sites(tokens).sites, where="layer_effects"))
     by_route = _by_sweep if route == "sweep" else _by_loop
     clean, *zeroed = by_route(lm, tokens, metric, chosen, progress)

@@ -252,7 +252,16 @@ def _decoder(lm: LanguageModel, norm: str) -> _Decoder:
 
 
 def _check_views(residuals: Mapping[Site, Any], logits_shape: tuple[int, ...], *, d_model: int | None) -> None:
-    """That every view is an array of the residual stream's shape, `[batch, pos, d_model]`."""
+    """That there are views, and every one is an array of the residual stream's shape, `[batch, pos, d_model]`."""
+    if not residuals:
+        raise InvalidInputError(
+            four_part(
+                "No view was given",
+                where="logit_lens",
+                expected="at least one site to decode.",
+                fix='leave `views` out for the default, or write for example views="resid_post".',
+            )
+        )
     batch, pos = logits_shape[:2]
     width = "d_model" if d_model is None else d_model
     misfits = [

@@ -144,7 +144,7 @@ def generate(
     edits = _edits(upstream, params, interventions or {}, (batch, n_prompt, total, room))
     sampler = Sampler(settings.temperature == 0, settings.top_k, settings.top_p is not None)
     knobs = {"temperature": np.float32(settings.temperature), "top_p": np.float32(settings.top_p or 1.0)}
-    key = jax.random.key(key) if isinstance(key, (int, np.integer)) else key
+    key = _key(key)
 
     buffer = np.full((batch, room), PAD, np.int32)
     buffer[:, :n_prompt] = tokens
@@ -163,6 +163,7 @@ def generate(
         chosen, log_prob = _choose(last, key, np.int32(n_new), knobs, sampler=sampler)
         buffer[:, end] = np.where(running, np.asarray(chosen), PAD)
         log_probs[:, n_new] = np.where(running, np.asarray(log_prob), 0.0)
+        _require_numbers(log_probs[:, n_new], n_new)
         running &= buffer[:, end] != (PAD if settings.eos_id is None else settings.eos_id)
         if not running.any():
             total = end + 1
@@ -338,19 +339,54 @@ def _check_fits(masked: Masked, form: Any, site: Site) -> None:
     jax.eval_shape(lambda value: apply_intervention(masked, value, where=str(site)), form)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def _key(seed: Any) -> jax.Array:
+    """The PRNG key of a seed, or the key itself."""
+    is_key = isinstance(seed, jax.Array) and (jnp.issubdtype(seed.dtype, jax.dtypes.prng_key) or seed.shape == (2,))
+    if not is_key and (isinstance(seed, bool) or not isinstance(seed, int | np.integer)):
+        raise InvalidInputError(
+            four_part(
+                f"seed={seed!r:.60} was given",
+                where="generate",
+                expected="an integer, or a key as jax.random.key(0) makes it.",
+                fix="choose an integer.",
+            )
+        )
+    return seed if isinstance(seed, jax.Array) else jax.random.key(seed)
+
+
+def _require_numbers(log_probs: np.ndarray, n_new: int) -> None:
+    """Refuse to choose a token from logits that say nothing."""
+    if np.isnan(log_probs).any():
+        row = int(np.flatnonzero(np.isnan(log_probs))[0])
+        raise InvalidInputError(
+            four_part(
+                f"Logits that are not numbers (NaN), row {row}, at new token {n_new}",
+                where="generate",
+                expected="finite logits to choose a token from.",
+                fix="look for the first site with a NaN: lm.check() reads all of them, an intervention may make one.",
+            )
+        )
+
+
 def _check(settings: Settings, tokens: np.ndarray, n_ctx: int | None) -> None:
     """Refuse settings that are out of range, all at once."""
     wrong = []
-    if settings.max_new_tokens < 1:
+    if isinstance(settings.max_new_tokens, bool) or not isinstance(settings.max_new_tokens, int | np.integer):
+        wrong.append(("max_new_tokens", settings.max_new_tokens, "a whole number"))
+    elif settings.max_new_tokens < 1:
         wrong.append(("max_new_tokens", settings.max_new_tokens, "at least 1"))
     elif n_ctx is not None and tokens.shape[1] + settings.max_new_tokens > n_ctx:
         most = n_ctx - tokens.shape[1]
         wrong.append(("max_new_tokens", settings.max_new_tokens, f"at most {most} (n_ctx {n_ctx} less the prompt)"))
-    if not 0 <= settings.temperature < np.inf:
+    if not _is_number(settings.temperature) or not 0 <= settings.temperature < np.inf:
         wrong.append(("temperature", settings.temperature, "0 or a positive number"))
-    if settings.top_k is not None and settings.top_k < 1:
+    if settings.top_k is not None and not (isinstance(settings.top_k, int | np.integer) and settings.top_k >= 1):
         wrong.append(("top_k", settings.top_k, "at least 1"))
-    if settings.top_p is not None and not 0 < settings.top_p <= 1:
+    if settings.top_p is not None and not (_is_number(settings.top_p) and 0 < settings.top_p <= 1):
         wrong.append(("top_p", settings.top_p, "above 0 and at most 1"))
     if settings.at not in ("all", "prompt", "generated"):
         wrong.append(("at", settings.at, "'all', 'prompt' or 'generated'"))

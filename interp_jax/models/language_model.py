@@ -35,7 +35,7 @@ from __future__ import annotations
 import html
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from typing import TYPE_CHECKING, Any, Literal
@@ -45,7 +45,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from interp_jax.core.activations import Activations, SiteTable
-from interp_jax.core.errors import InvalidInputError, UnknownNameError, UnsupportedModelError, four_part
+from interp_jax.core.errors import InvalidInputError, ShapeError, UnknownNameError, UnsupportedModelError, four_part
 from interp_jax.core.interventions import Intervention, apply_intervention
 from interp_jax.core.sites import Selector, Site, select_sites
 from interp_jax.models import passes
@@ -184,6 +184,7 @@ class LanguageModel:
             ShapeError: A new value does not fit its site.
         """
         tokens = self.check_tokens(tokens)
+        self._check_table(interventions, "intervene")
         by_site: dict[Site, list[Intervention]] = {}
         sites = self.sites(tokens).sites
         for selector, intervention in interventions.items():
@@ -245,6 +246,7 @@ class LanguageModel:
         from interp_jax.models import generate
 
         tokens = self.tokenize(prompt) if is_text(prompt) else self.check_tokens(prompt, where="generate")
+        self._check_table(interventions or {}, "generate")
         eos_id = self.tokenizer.eos_id if stop_at_eos and self.tokenizer is not None else None
         generation = generate.generate(
             self.upstream,
@@ -281,11 +283,11 @@ class LanguageModel:
 
     def ln_final(self, residual: Any) -> jax.Array:
         """The norm before the unembedding, on a residual `[batch, pos, d_model]`: upstream's own code."""
-        return self._part("ln_final")(self.params, residual)
+        return self._part("ln_final")(self.params, self._check_residual(residual, "ln_final"))
 
     def unembed(self, normalised: Any) -> jax.Array:
         """Logits of a normalised residual, as `ln_final` returns it: upstream's own code."""
-        return self._part("unembed")(self.params, normalised)
+        return self._part("unembed")(self.params, self._check_residual(normalised, "unembed"))
 
     def weight(self, name: str, layer: int | None = None) -> jax.Array:
         """A weight under its canonical name, computed from the parameters now.
@@ -319,7 +321,7 @@ class LanguageModel:
             return jnp.stack(by_kind, axis=1).reshape(n_layers, *by_kind[0].shape[1:])
         if layer is None:
             return jnp.stack([of_layer(params_of(self.params, i)) for i in range(n_layers)])
-        if isinstance(layer, bool) or not 0 <= layer < n_layers:
+        if isinstance(layer, bool) or not isinstance(layer, int | np.integer) or not 0 <= layer < n_layers:
             raise UnknownNameError(
                 four_part(
                     f"Layer {layer!r} was given",
@@ -401,7 +403,16 @@ class LanguageModel:
         Raises:
             InvalidInputError: There is no text, an empty one, or one longer than the model can read.
         """
-        texts = [text] if isinstance(text, str) else list(text)
+        texts: list[Any] = list(text) if isinstance(text, Iterable) and not isinstance(text, str | bytes) else [text]
+        if not all(isinstance(one, str) for one in texts):
+            raise InvalidInputError(
+                four_part(
+                    f"Not a text: {text!r:.60} ({type(text).__name__})",
+                    where=f"{self._label}.tokenize",
+                    expected="one text, or a list of texts.",
+                    fix="token ids need no tokenize: give them to the model as they are.",
+                )
+            )
         rows = [self._tokenizer().encode(one, add_special_tokens=add_special_tokens) for one in texts]
         if not rows or not all(rows):
             which = "No text" if not rows else f"Empty text (number {next(i for i, row in enumerate(rows) if not row)})"
@@ -445,6 +456,31 @@ class LanguageModel:
         if is_text(text):
             return [tokenizer.strings(tokenizer.encode(one)) for one in text]
         return _map_rows(tokenizer.strings, text)
+
+    def _check_table(self, interventions: Any, where: str) -> None:
+        if not isinstance(interventions, Mapping):
+            raise InvalidInputError(
+                four_part(
+                    f"Interventions of type {type(interventions).__name__} were given",
+                    where=f"{self._label}.{where}",
+                    expected="a dict, selector to what is done there.",
+                    fix='write {"5.mlp_out": lambda value: value * 0}.',
+                )
+            )
+
+    def _check_residual(self, residual: Any, where: str) -> Any:
+        d_model = None if self.config is None else self.config.d_model
+        shape = np.shape(residual)
+        if len(shape) != 3 or d_model not in (None, shape[-1]):
+            raise ShapeError(
+                four_part(
+                    f"A residual of shape {list(shape)} was given",
+                    where=f"{self._label}.{where}",
+                    expected=f"[batch, pos, {d_model or 'd_model'}].",
+                    fix="give a value of resid_post, or of ln_final to unembed; one vector is vector[None, None].",
+                )
+            )
+        return residual
 
     def check_tokens(self, tokens: Any, *, where: str = "") -> Any:
         """The tokens as int32, once they are known to fit this model; `where` names the caller in errors."""

@@ -60,7 +60,16 @@ def check_tokens(
             )
         )
     array = tokens if isinstance(tokens, jax.Array) else _as_array(tokens, where)
-    if array.dtype == bool or not jnp.issubdtype(array.dtype, jnp.integer):
+    if array.dtype == object:
+        raise ShapeError(
+            four_part(
+                f"{tokens!r:.60} ({type(tokens).__name__}) was given",
+                where=where,
+                expected="integers [batch, pos].",
+                fix='give token ids, as lm.tokenize returns them (of a tokenizer\'s dict, its ["input_ids"]).',
+            )
+        )
+    if 0 not in array.shape and (array.dtype == bool or not jnp.issubdtype(array.dtype, jnp.integer)):
         raise ShapeError(
             four_part(
                 f"Tokens of dtype {array.dtype} were given",
@@ -69,7 +78,7 @@ def check_tokens(
                 fix="give token ids, as lm.tokenize returns them.",
             )
         )
-    if array.ndim != 2:
+    if array.ndim != 2 and array.shape != (0,):
         raise ShapeError(
             four_part(
                 f"Tokens of shape {list(array.shape)} were given",

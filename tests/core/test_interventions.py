@@ -134,7 +134,7 @@ def test_shapes_are_not_broadcast(value: jax.Array) -> None:
     assert text == (
         "A new value float32[3, 4] was given in site 5.mlp_out of gpt2.\n"
         "  Expected: float32[2, 3, 4].\n"
-        "  Fix: give the new value the form of the old one (or pass cast=True for dtypes only)."
+        "  Fix: give the new value the form of the old one, as `value * 0` has it."
     )
 
 
@@ -171,7 +171,7 @@ def test_another_structure_is_refused(value: jax.Array) -> None:
 
 def test_the_hint_joins_the_fix(value: jax.Array) -> None:
     text = refusal(same_form, value, jnp.zeros(2), where="0.q", hint='Or use engine="python".')
-    assert text.endswith('dtypes only). Or use engine="python".')
+    assert text.endswith('`value * 0` has it. Or use engine="python".')
 
 
 @pytest.mark.parametrize(

@@ -216,3 +216,23 @@ def test_mistakes_in_numbers_are_named(lm, tokens):
     for ids in [(" Mary", 1), (-1, 2), (1.5, 2), ([[1]], 2)]:
         with pytest.raises(InvalidInputError, match="token ids, integers from 0"):
             logit_difference(*ids)
+
+
+@pytest.mark.parametrize(("answer", "position"), [(10**6, -1), (1, 99), (1, -99)])
+@pytest.mark.parametrize("route", ["sweep", "loop"])
+def test_a_metric_of_logits_there_are_none_of(tiny, route, answer, position):
+    """JAX would read the nearest one there is."""
+    metric = logit_difference(answer, 2, position=position)
+    with pytest.raises(InvalidInputError) as error:
+        if route == "sweep":
+            sweep(tiny, np.array([[1, 2, 3]]), {"0.mlp_out": Masked(0.0, np.array([True]))}, metric)
+        else:
+            metric(tiny(np.array([[1, 2, 3]])))
+    message = str(error.value)
+    assert f"Token id {max(answer, 2)} at position {position}" in message and "logits [1, 3, 260]" in message
+    assert "Expected: ids below 260, and a position from -3 to 2." in message and "Fix: take the ids" in message
+
+
+def test_what_is_no_metric(tiny):
+    with pytest.raises(InvalidInputError, match=r"(?s)'x' \(str\) was given as the metric in sweep.*Expected.*Fix"):
+        sweep(tiny, np.array([[1, 2, 3]]), {"0.mlp_out": Masked(0.0, np.array([True]))}, "x")  # pyright: ignore[reportArgumentType]
