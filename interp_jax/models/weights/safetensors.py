@@ -127,10 +127,13 @@ def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
             )
         )
     found = sorted(path.name for path in directory.iterdir())
-    near = next((name for name in closest(SINGLE, found) if name.endswith(".safetensors")), None)
+    broken = [path.name for path in directory.iterdir() if path.is_symlink() and not path.exists()]
+    near = next((name for name in closest(SINGLE, set(found) - set(broken)) if name.endswith(".safetensors")), None)
     raise LoadError(
         four_part(
-            "No file of weights" + (f" (is {near!r} meant to be {SINGLE!r}?)" if near else ""),
+            "No file of weights"
+            + (f" (links to files that are gone: {shorten(broken)})" if broken else "")
+            + (f" (is {near!r} meant to be {SINGLE!r}?)" if near else ""),
             where=str(directory),
             expected=f"{SINGLE} or {INDEX} beside config.json; there is {shorten(found)}.",
             fix="download the weights, for example with `hf download <model> --local-dir <directory>`.",
