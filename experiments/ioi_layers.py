@@ -112,8 +112,17 @@ def run(config: Config, *, lm: LanguageModel | None = None, progress: bool = Tru
         The lens, the effects by both routes, and their times.
 
     Raises:
-        InvalidInputError: An answer is not one token.
+        InvalidInputError: An answer is not one token, or both are the same one.
     """
+    if config.answer == config.other:
+        raise InvalidInputError(
+            four_part(
+                f"answer and other are both {config.answer!r}",
+                where="ioi_layers",
+                expected="two answers that compete: the lead of one over itself is always 0.",
+                fix='choose another wrong answer, such as " John".',
+            )
+        )
     model = load(config.model) if lm is None else lm
     tokens = model.tokenize(config.prompt)
     answer, other = (one_token(model, text) for text in (config.answer, config.other))

@@ -48,7 +48,10 @@ class _Parser(argparse.ArgumentParser):
         if wrong:
             what = f"Unknown command {wrong[1]!r}"
             raise UnknownNameError(four_part(what, where=self.prog, names=COMMANDS, given=wrong[1], fix=fix))
-        raise InvalidInputError(four_part(message[0].upper() + message[1:], where=self.prog, fix=fix))
+        what, usage = message[0].upper() + message[1:], " ".join(self.format_usage().split())
+        if re.match(r"unrecognized arguments: [^-]", message):
+            fix = f"a text of several words goes in quotes; {fix}"
+        raise InvalidInputError(four_part(what, where=self.prog, expected=usage.removeprefix("usage: ") + ".", fix=fix))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -135,8 +138,8 @@ def run_demo(options: argparse.Namespace) -> int:
     from interp_jax.figures.token_text import visible
 
     given = {name: getattr(options, name) for name in ("prompt", "answer", "other")}
-    for text in given.values():
-        _check_text(text)
+    for name, text in given.items():
+        _check_text(text, where=f"interp-jax demo --{name}")
     config = ioi_layers.Config(model=options.model, **{name: text for name, text in given.items() if text is not None})
     lm = _loaded(options.model)
     print(f"\nPrompt: {config.prompt}")
@@ -161,14 +164,23 @@ def run_demo(options: argparse.Namespace) -> int:
 
 def run_lens(options: argparse.Namespace) -> int:
     """`interp-jax lens TEXT` with its options."""
-    _check_text(options.text)
+    _check_text(options.text, where="interp-jax lens")
     _check_writable(options.out)
     from interp_jax.figures.logit_lens import lens_figure, lens_page
     from interp_jax.methods.logit_lens import logit_lens
 
     views = [view.strip() for view in options.views.split(",") if view.strip()]
+    if not views:
+        raise InvalidInputError(
+            four_part(
+                f"--views {options.views!r} names no site",
+                where="interp-jax lens",
+                expected="sites separated by commas.",
+                fix="leave --views out, or write for example --views resid_mid,5.mlp_out.",
+            )
+        )
     lm = _loaded(options.model)
-    result = logit_lens(lm, lm.tokenize(options.text), views=views or None, top_k=options.top_k)
+    result = logit_lens(lm, lm.tokenize(options.text), views=views, top_k=options.top_k)
     _print_lens(result, lm.decode)
     figures = {
         "logit_lens.png": lens_figure(result, lm.decode, title=lm.name),
@@ -262,17 +274,17 @@ def _columns() -> int:
     return min(120, shutil.get_terminal_size().columns)
 
 
-def _check_text(text: str | None) -> None:
+def _check_text(text: str | None, *, where: str) -> None:
     if text is None:
         return
-    fix = 'give the text in quotes: interp-jax lens "The capital of France is".'
+    fix = f'give the text in quotes: {where} "The capital of France is".'
     if not text:
         raise InvalidInputError(
-            four_part("An empty text was given", where="interp-jax", expected="at least one character.", fix=fix)
+            four_part("An empty text was given", where=where, expected="at least one character.", fix=fix)
         )
     if not text.isprintable() and any("\ud800" <= char <= "\udfff" for char in text):
         raise InvalidInputError(
-            four_part("Bytes that are not UTF-8 were given", where="interp-jax", expected="UTF-8 text.", fix=fix)
+            four_part("Bytes that are not UTF-8 were given", where=where, expected="UTF-8 text.", fix=fix)
         )
 
 
