@@ -183,6 +183,10 @@ def _download(file: WheelFile, directory: Path) -> Path:
     if process.returncode != 0 or not wheel.exists():
         said = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
         reason = next((line for line in reversed(said) if "ERROR" in line), said[-1]).removeprefix("ERROR: ")
+        if reason == "Exception:":  # of pip itself; a traceback follows, and last what it was
+            reason = said[-1]
+        if any(words in reason for words in ("No space left", "quota exceeded", "File too large", "Read-only")):
+            raise OSError(reason)
         raise LoadError(
             four_part(
                 f"Could not fetch {file.requirement} (pip download: {reason})",

