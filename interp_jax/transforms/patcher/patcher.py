@@ -68,6 +68,8 @@ class Patcher:
         upstream: Mapping[str, str] | None = None,
         **more_members: Sequence[Any],
     ) -> None:
+        if not isinstance(module, types.ModuleType | str) or not isinstance(members or {}, Mapping):
+            raise PatchError(_no_patcher(module, members))
         self._module = module
         self.module_name = module if isinstance(module, str) else module.__name__
         given = [*(members or {}).items(), *more_members.items()]
@@ -305,4 +307,20 @@ def _malformed(what: str, where: str) -> str:
         where=where,
         expected="[before, after, before, after], or [(before, after), (before, after, count)].",
         fix="give every pattern its replacement.",
+    )
+
+
+def _no_patcher(module: Any, members: Any) -> str:
+    """What is wrong with the arguments of a Patcher that are of the wrong kind."""
+    home, name = getattr(module, "__module__", None), getattr(module, "__qualname__", None)
+    if isinstance(module, types.ModuleType | str):
+        what = f"{members!r:.60} ({type(members).__name__}) was given as the members"
+    else:
+        what = f"{module!r:.60} ({type(module).__name__}) was given as the module"
+    example = f'Patcher("{home}", {{"{name}": [...]}})' if home and name else "Patcher(module, {name: [before, after]})"
+    return four_part(
+        what,
+        where="Patcher(...)",
+        expected="a module or its name, and a dict from the names of its functions and classes to their patches.",
+        fix=f"write {example}.",
     )

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import sys
 import textwrap
 import threading
 import time
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -437,3 +439,18 @@ def test_patchers_of_one_file_meet_however_many_files_were_read_in_between() -> 
     with first, second:
         assert textwrap.shorten("one two three", 5) == "one+two+three"
     assert textwrap.shorten("one two three", 5) == "[...]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((None,), ["None (NoneType) was given as the module", "Fix: write Patcher(module, {name: [before, after]})."]),
+        ((json.JSONDecoder, {"decode": ["1", "2"]}), ["as the module", 'Patcher("json.decoder", {"JSONDecoder": ']),
+        (("json", ["1", "2"]), ["['1', '2'] (list) was given as the members", "a dict from the names"]),
+    ],
+    ids=["nothing", "a class", "a list"],
+)
+def test_what_cannot_be_patched(arguments: tuple[Any, ...], words: list[str]) -> None:
+    with pytest.raises(PatchError) as error:
+        Patcher(*arguments)
+    assert all(word in str(error.value) for word in (*words, " in Patcher(...)", "Expected: a module or its name"))
