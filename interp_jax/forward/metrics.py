@@ -68,6 +68,35 @@ def _difference(positive: Any, negative: Any, position: Any, logits: Any) -> jax
     return at_position[rows, jnp.broadcast_to(positive, batch)] - at_position[rows, jnp.broadcast_to(negative, batch)]
 
 
+def column_read(metric: Metric, n_pos: int) -> tuple[int, Partial] | None:
+    """The one position whose logits a metric reads, and the metric of that column alone; None if that is not known.
+
+    Args:
+        metric: A metric; of those made in this module it is known.
+        n_pos: Length of the prompts.
+
+    Returns:
+        The position, from 0, and a function from logits `[batch, 1, d_vocab]` to `[batch]`; or None.
+
+    Raises:
+        InvalidInputError: The position is out of range.
+    """
+    if not (isinstance(metric, Partial) and metric.func is _difference):
+        return None
+    positive, negative, position = metric.args
+    column = int(position) + (n_pos if position < 0 else 0)
+    if not 0 <= column < n_pos:
+        raise InvalidInputError(
+            four_part(
+                f"A metric of position {int(position)} was given",
+                where=f"prompts of {n_pos} tokens",
+                expected=f"a position from {-n_pos} to {n_pos - 1}.",
+                fix="make the metric with position=-1, the last token of every row.",
+            )
+        )
+    return column, Partial(_difference, positive, negative, jnp.zeros_like(position))
+
+
 def check_metric_reads(metric: Metric, shape: tuple[int, ...]) -> None:
     """Refuse a metric of this module that reads logits there are none of, before its ids are traced.
 
@@ -87,7 +116,8 @@ def _check_in_range(positive: Any, negative: Any, position: Any, shape: tuple[in
     """Refuse ids and positions the logits do not have, where JAX would read others; traced ones are not known."""
     if any(isinstance(part, Tracer) for part in (positive, negative, position)):
         return
-    top = max(int(np.max(positive)), int(np.max(negative)))
+    # NumPy, as under a trace of the caller's JAX would trace these too.
+    top = max(int(np.asarray(part).max()) for part in (positive, negative))
     if top >= shape[-1] or not -shape[1] <= int(position) < shape[1]:
         raise InvalidInputError(
             four_part(
