@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from interp_jax.forward.sweeps import scaled as scaled
     from interp_jax.forward.sweeps import sweep as sweep
     from interp_jax.methods.cost_recall import cost_recall as cost_recall
+    from interp_jax.methods.direct_logit_attribution import direct_logit_attribution as direct_logit_attribution
     from interp_jax.methods.layer_effects import layer_effects as layer_effects
     from interp_jax.methods.logit_lens import logit_lens as logit_lens
     from interp_jax.methods.node_diagnostics import bound_missed_nodes as bound_missed_nodes
@@ -97,6 +98,7 @@ _HOMES = {
     "interp_jax.forward.metrics": ("logit_difference",),
     "interp_jax.forward.sweeps": ("scaled", "sweep"),
     "interp_jax.methods.cost_recall": ("cost_recall",),
+    "interp_jax.methods.direct_logit_attribution": ("direct_logit_attribution",),
     "interp_jax.methods.layer_effects": ("layer_effects",),
     "interp_jax.methods.logit_lens": ("logit_lens",),
     "interp_jax.methods.node_diagnostics": ("bound_missed_nodes", "verify_top_nodes"),

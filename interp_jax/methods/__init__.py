@@ -1,6 +1,6 @@
 """Methods: a model and tokens to a result. Leaves: no method imports another.
 
-Reading order: logit_lens, layer_effects; node_diagnostics, node_search, cost_recall.
+Reading order: logit_lens, direct_logit_attribution, layer_effects; node_diagnostics, node_search, cost_recall.
 
 Source: interp_jax.
 """
