@@ -228,6 +228,7 @@ def _settings(family: str) -> dict[str, Any]:
     return {key: config[key] for key in patches.HANDLED_KEYS if config.get(key) is not None}
 
 
+@pytest.mark.slow
 def test_half_precision(pair) -> None:
     _, stacked = pair
     half = load(ORACLES / stacked.name, dtype="bfloat16", stacked=True)

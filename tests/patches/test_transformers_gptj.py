@@ -7,6 +7,7 @@ Source: interp_jax.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,14 @@ def test_attention_and_mlp_both_write_to_what_they_read(gptj) -> None:
                 running_pass.modified_value = value * 0.0
             changed[layer, name] = np.asarray(value)
         np.testing.assert_allclose(changed[1, "mlp_pre"], values["1.mlp_pre"], atol=1e-6)
+
+
+def test_contracts_know_that_the_mlp_reads_the_norm_of_attention(gptj) -> None:
+    weights = {**gptj.upstream.layer_weights, "b_in": lambda layer: layer["mlp"]["fc_in"]["bias"] + 1}
+    wrong = dataclasses.replace(gptj, upstream=dataclasses.replace(gptj.upstream, layer_weights=weights))
+    (failure,) = wrong.check(TOKENS).failures
+    assert failure.contract.startswith("q, k, v, mlp_pre")
+    assert "mlp_pre" in failure.detail
 
 
 def test_a_part_of_each_head_is_rotated(gptj) -> None:
