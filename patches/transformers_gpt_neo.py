@@ -274,19 +274,24 @@ def from_checkpoint(
 def _check_attention(checkpoint: Checkpoint) -> None:
     """Refuse a configuration that does not say, or says in two ways, how each layer attends."""
     config = checkpoint.config
-    kinds, n_layers = kinds_of(config), config["num_layers"]
-    listed = config.get("attention_layers")
-    wrong = []
-    if len(kinds) != n_layers or not set(kinds) <= set(KINDS):
-        wrong.append(f"{len(kinds)} kinds of attention ({', '.join(kinds) or 'none'}) for num_layers={n_layers}")
-    if listed is not None and tuple(listed) != kinds:
-        wrong.append(f"attention_layers ({', '.join(listed)}) that contradict attention_types ({', '.join(kinds)})")
+    n_layers, listed, wrong = config["num_layers"], config.get("attention_layers"), []
+    try:
+        kinds = [str(kind) for kind in kinds_of(config)]
+        also = kinds if listed is None else [str(kind) for kind in listed]
+    except (TypeError, ValueError):
+        wrong.append(f"attention_types={config.get('attention_types')!r:.80} and attention_layers={listed!r:.80}")
+    else:
+        if len(kinds) != n_layers or not set(kinds) <= set(KINDS):
+            wrong.append(f"{len(kinds)} kinds of attention ({', '.join(kinds) or 'none'}) for num_layers={n_layers}")
+        if also != kinds:
+            wrong.append(f"attention_layers ({', '.join(also)}) that contradict attention_types ({', '.join(kinds)})")
     if wrong:
         raise UnsupportedModelError(
             four_part(
                 "Configuration with " + "; ".join(wrong),
                 where=checkpoint.source,
-                expected="'global' or 'local' for each layer, in attention_types, attention_layers or both alike.",
+                expected="'global' or 'local' for each layer, in attention_layers, in attention_types (such as "
+                '[[["global", "local"], 6]]) or in both alike.',
                 fix="check that config.json is complete and belongs to this model.",
             )
         )

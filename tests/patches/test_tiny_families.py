@@ -275,6 +275,10 @@ CASES: dict[str, tuple[str, dict[str, Any], type[Exception], tuple[str, ...]]] =
         "gpt_neo", {"attention_types": [[["sparse"], 4]], "attention_layers": None}, UnsupportedModelError,
         ("4 kinds of attention (sparse, sparse, sparse, sparse)", "'global' or 'local' for each layer"),
     ),
+    "neo-no-pairs": (
+        "gpt_neo", {"attention_types": [["global", "local"], 2], "attention_layers": 7}, UnsupportedModelError,
+        ("attention_types=[['global', 'local'], 2] and attention_layers=7",),
+    ),
     "neo-shape": ("gpt_neo", {"intermediate_size": 90}, LoadError, ("h.{0..3}.mlp.c_fc.weight", "expected (90, 24)")),
     "neo-tensor": (
         "gpt_neo", {"without": "transformer.h.3.ln_2.bias"}, LoadError, ("missing (1): transformer.h.3.ln_2.bias",)
