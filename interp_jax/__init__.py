@@ -46,6 +46,14 @@ if TYPE_CHECKING:
     from interp_jax.core.errors import UnsupportedModelError as UnsupportedModelError
     from interp_jax.core.interventions import Masked as Masked
     from interp_jax.core.sites import Site as Site
+    from interp_jax.data.alignment import PromptPairs as PromptPairs
+    from interp_jax.data.alignment import align_prompts as align_prompts
+    from interp_jax.data.prompts import a_an_pairs as a_an_pairs
+    from interp_jax.data.prompts import city_country_pairs as city_country_pairs
+    from interp_jax.data.prompts import greater_than_pairs as greater_than_pairs
+    from interp_jax.data.prompts import induction_pairs as induction_pairs
+    from interp_jax.data.prompts import ioi_pairs as ioi_pairs
+    from interp_jax.data.prompts import random_text_pairs as random_text_pairs
     from interp_jax.forward.metrics import logit_difference as logit_difference
     from interp_jax.forward.sweeps import scaled as scaled
     from interp_jax.forward.sweeps import sweep as sweep
@@ -95,6 +103,15 @@ _HOMES = {
     ),
     "interp_jax.core.interventions": ("Masked",),
     "interp_jax.core.sites": ("Site",),
+    "interp_jax.data.alignment": ("PromptPairs", "align_prompts"),
+    "interp_jax.data.prompts": (
+        "a_an_pairs",
+        "city_country_pairs",
+        "greater_than_pairs",
+        "induction_pairs",
+        "ioi_pairs",
+        "random_text_pairs",
+    ),
     "interp_jax.forward.metrics": ("logit_difference",),
     "interp_jax.forward.sweeps": ("scaled", "sweep"),
     "interp_jax.methods.cost_recall": ("cost_recall",),
