@@ -9,7 +9,7 @@ PIP_FLAGS := --disable-pip-version-check --quiet
 NEEDS := import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
 	"Python " + sys.version.split()[0] + " was given as $(PYTHON).\n  Expected: 3.11 or newer.\n  Fix: make PYTHON=python3.11 ...")
 
-.PHONY: venv venv-oldest venv-oryx demo test test-slow test-oldest test-all bench lint format doctor constraints clean
+.PHONY: venv venv-oldest venv-oryx venv-tunix demo test test-slow test-oldest test-tunix test-all bench lint format doctor constraints clean
 
 venv: .venv/installed
 
@@ -37,6 +37,15 @@ venv-oryx: .venv-oryx/installed
 	.venv-oryx/bin/python -m pip install $(PIP_FLAGS) -r constraints-oryx.txt
 	@touch $@
 
+# Tunix brings some sixty packages along, and they do not go with the oldest NumPy that is supported.
+venv-tunix: .venv-tunix/installed
+
+.venv-tunix/installed: pyproject.toml constraints-tunix.txt
+	@$(PYTHON) -c '$(NEEDS)'
+	$(PYTHON) -m venv .venv-tunix
+	.venv-tunix/bin/python -m pip install $(PIP_FLAGS) -c constraints-tunix.txt -e '.[transformers,tunix,test]'
+	@touch $@
+
 # What SmolLM2-135M thinks at each layer, and which of its layers the answer depends on.
 demo: venv
 	$(BIN)/interp-jax demo
@@ -52,7 +61,10 @@ test-slow: venv venv-oryx
 test-oldest: venv-oldest
 	$(OLDEST)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow'
 
-test-all: test test-slow test-oldest
+test-tunix: venv-tunix
+	.venv-tunix/bin/python -m pytest -n $(JOBS) --dist loadfile tests/patches/tunix
+
+test-all: test test-slow test-oldest test-tunix
 
 # One JSON line per promise.
 bench: venv
@@ -71,12 +83,13 @@ doctor: venv
 	$(BIN)/interp-jax doctor
 
 # Pin what the environments hold now: names and versions only.
-constraints: venv venv-oldest
+constraints: venv venv-oldest venv-tunix
 	$(BIN)/python -m pip freeze $(PIP_FLAGS) --all --exclude-editable --exclude pip > constraints.txt
 	$(OLDEST)/python -m pip freeze $(PIP_FLAGS) --all --exclude-editable --exclude pip > constraints-oldest.txt
-	@touch .venv/installed .venv-oldest/installed
+	.venv-tunix/bin/python -m pip freeze $(PIP_FLAGS) --all --exclude-editable --exclude pip > constraints-tunix.txt
+	@touch .venv/installed .venv-oldest/installed .venv-tunix/installed
 
 # Everything these targets made, except the results in runs/.
 clean:
-	rm -rf .venv .venv-oldest .venv-oryx .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv-oldest .venv-oryx .venv-tunix .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

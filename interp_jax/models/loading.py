@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
-from interp_jax.core.errors import InvalidInputError, LoadError, UnsupportedModelError, four_part
+from interp_jax.core.errors import InvalidInputError, LoadError, UnknownNameError, UnsupportedModelError, four_part
 from interp_jax.models.weights import gguf, safetensors
 from interp_jax.models.weights.checkpoint import Checkpoint
 from interp_jax.models.weights.fetching import WheelFile, fetched
@@ -47,6 +47,14 @@ FAMILIES: Mapping[str, str] = {
     "gpt_neox": "interp_jax.patches.penzai_gpt_neox",
     "mistral": "interp_jax.patches.transformers_mistral",
     "opt": "interp_jax.patches.transformers_opt",
+}
+
+# What Tunix runs, which brings so much along that it is an extra of its own: asked for by name (`upstream=`) where
+# another upstream comes first.
+TUNIX: Mapping[str, str] = {
+    "gemma3_text": "interp_jax.patches.tunix_gemma3",
+    "llama": "interp_jax.patches.tunix_llama3",
+    "qwen3": "interp_jax.patches.tunix_qwen3",
 }
 
 # Models that are fetched by name.
@@ -69,6 +77,7 @@ def load(
     dtype: Any = jnp.float32,
     stacked: bool = False,
     sharding: Placement | None = None,
+    upstream: str | None = None,
 ) -> LanguageModel:
     """Load a language model with its weights and tokenizer.
 
@@ -82,6 +91,8 @@ def load(
             the longest axis of a parameter that it divides, never the layer axis; vectors everywhere), one `Sharding`
             for all, or a function `(name, shape) -> Sharding`, where `name` is that of the tensor in the file, with
             "{}" for the number of the layer if layers are stacked. By default the default device.
+        upstream: The patch set of the code that is to run the model, where there are several: "tunix_llama3" for a
+            Llama. By default the first there is.
 
     Returns:
         The model.
@@ -91,6 +102,7 @@ def load(
         UnsupportedModelError: No patch set covers its family or its configuration.
         PatchError: The upstream library is not installed, or in a version the patches are not for.
         InvalidInputError: `name_or_path` is no name or path, `dtype` is not floating point, or `sharding` no sharding.
+        UnknownNameError: `upstream` does not run models of this family.
         ShapeError: A sharding does not fit its parameter.
     """
     if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
@@ -102,12 +114,18 @@ def load(
                 fix="pass jnp.float32, jnp.bfloat16 or jnp.float16.",
             )
         )
-    lm = from_checkpoint(read_checkpoint(name_or_path), dtype=dtype, stacked=stacked, sharding=sharding)
+    checkpoint = read_checkpoint(name_or_path)
+    lm = from_checkpoint(checkpoint, dtype=dtype, stacked=stacked, sharding=sharding, upstream=upstream)
     return dataclasses.replace(lm, name=Path(name_or_path).name)
 
 
 def from_checkpoint(
-    checkpoint: Checkpoint, *, dtype: Any = jnp.float32, stacked: bool = False, sharding: Placement | None = None
+    checkpoint: Checkpoint,
+    *,
+    dtype: Any = jnp.float32,
+    stacked: bool = False,
+    sharding: Placement | None = None,
+    upstream: str | None = None,
 ) -> LanguageModel:
     """The model of a checkpoint, by the patch set of its family.
 
@@ -116,29 +134,50 @@ def from_checkpoint(
         dtype: As in `load`.
         stacked: As in `load`.
         sharding: As in `load`.
+        upstream: As in `load`.
 
     Returns:
         The model.
 
     Raises:
         UnsupportedModelError: No patch set covers its family or its configuration.
+        UnknownNameError: `upstream` does not run models of this family.
         PatchError: The upstream library is not installed, or in a version the patches are not for.
         LoadError: Weights that do not fit the configuration.
     """
-    if checkpoint.family not in FAMILIES:
+    family = importlib.import_module(_patches_of(checkpoint, upstream))
+    family.PATCH_SET.require_version()  # here, before anything is read, and not at the first forward pass
+    lm = family.from_checkpoint(checkpoint, dtype=dtype, stacked=stacked, sharding=sharding)
+    return dataclasses.replace(lm, config_json=checkpoint.config)
+
+
+def _patches_of(checkpoint: Checkpoint, upstream: str | None) -> str:
+    """The module of the patch set that runs a model."""
+    modules = [upstreams[checkpoint.family] for upstreams in (FAMILIES, TUNIX) if checkpoint.family in upstreams]
+    if not modules:
         raise UnsupportedModelError(
             four_part(
                 f"A model of the family {checkpoint.family!r} (model_type)",
                 where=checkpoint.source,
-                names=FAMILIES,
+                names=sorted(FAMILIES.keys() | TUNIX.keys()),
                 given=checkpoint.family,
                 fix="load a model of a known family, or write a patch set for this one (README, 'how to add').",
             )
         )
-    family = importlib.import_module(FAMILIES[checkpoint.family])
-    family.PATCH_SET.require_version()  # here, before anything is read, and not at the first forward pass
-    lm = family.from_checkpoint(checkpoint, dtype=dtype, stacked=stacked, sharding=sharding)
-    return dataclasses.replace(lm, config_json=checkpoint.config)
+    by_name = {module.rpartition(".")[2]: module for module in modules}
+    if upstream is None:
+        return modules[0]
+    if upstream not in by_name:
+        raise UnknownNameError(
+            four_part(
+                f"upstream={upstream!r} was given",
+                where=f"load, for a model of the family {checkpoint.family!r}",
+                names=by_name,
+                given=upstream,
+                fix="use one of these, or leave it out for the first.",
+            )
+        )
+    return by_name[upstream]
 
 
 def read_checkpoint(name_or_path: str | os.PathLike[str]) -> Checkpoint:

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from interp_jax.core.errors import InvalidInputError, LoadError, PatchError, UnsupportedModelError
+from interp_jax.core.errors import InvalidInputError, LoadError, PatchError, UnknownNameError, UnsupportedModelError
 from interp_jax.models import loading
-from interp_jax.models.loading import FAMILIES, PUBLISHED, load, read_checkpoint
+from interp_jax.models.loading import FAMILIES, PUBLISHED, TUNIX, load, read_checkpoint
 from interp_jax.models.weights.checkpoint import Tensors
 from tests.models.weights.gguf_files import ORACLES, write_llama
 
@@ -205,7 +205,17 @@ def test_a_family_nobody_covers(directory: Path):
     change_config(directory, model_type="llama2")
     words = refusal(directory, UnsupportedModelError)
     assert words.startswith(f"A model of the family 'llama2' (model_type) in {directory}. Did you mean 'llama'?")
-    assert f"Known: {', '.join(FAMILIES)}\n" in words
+    assert f"Known: {', '.join(sorted(FAMILIES.keys() | TUNIX.keys()))}\n" in words
+
+
+def test_an_upstream_that_does_not_run_the_family():
+    with pytest.raises(
+        UnknownNameError, match="upstream='tunix_llama' was given in load, for a model of the family 'lla"
+    ):
+        load(tiny("llama"), upstream="tunix_llama")
+    with pytest.raises(UnknownNameError, match="Known: transformers_gpt2\n"):
+        load(tiny("gpt2"), upstream="tunix_llama3")
+    assert load(tiny("gpt2"), upstream="transformers_gpt2").upstream.name == "transformers_gpt2"
 
 
 @pytest.mark.parametrize(("said", "held"), [("llama", "gpt2"), ("gpt2", "mistral")])
