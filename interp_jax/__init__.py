@@ -55,8 +55,13 @@ if TYPE_CHECKING:
     from interp_jax.data.prompts import ioi_pairs as ioi_pairs
     from interp_jax.data.prompts import random_text_pairs as random_text_pairs
     from interp_jax.forward.metrics import logit_difference as logit_difference
+    from interp_jax.forward.nodes import NodeSet as NodeSet
+    from interp_jax.forward.nodes import node_set as node_set
     from interp_jax.forward.sweeps import scaled as scaled
     from interp_jax.forward.sweeps import sweep as sweep
+    from interp_jax.methods.activation_patching import ablation as ablation
+    from interp_jax.methods.activation_patching import activation_patching as activation_patching
+    from interp_jax.methods.atp import attribution_patching as attribution_patching
     from interp_jax.methods.cost_recall import cost_recall as cost_recall
     from interp_jax.methods.direct_logit_attribution import direct_logit_attribution as direct_logit_attribution
     from interp_jax.methods.layer_effects import layer_effects as layer_effects
@@ -115,6 +120,9 @@ _HOMES = {
     "interp_jax.forward.metrics": ("logit_difference",),
     "interp_jax.forward.sweeps": ("scaled", "sweep"),
     "interp_jax.methods.cost_recall": ("cost_recall",),
+    "interp_jax.forward.nodes": ("NodeSet", "node_set"),
+    "interp_jax.methods.activation_patching": ("ablation", "activation_patching"),
+    "interp_jax.methods.atp": ("attribution_patching",),
     "interp_jax.methods.direct_logit_attribution": ("direct_logit_attribution",),
     "interp_jax.methods.layer_effects": ("layer_effects",),
     "interp_jax.methods.logit_lens": ("logit_lens",),

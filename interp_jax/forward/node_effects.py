@@ -10,6 +10,17 @@ run. Which node it is, is data: the programs are those of one layer, whatever is
 
     effects, plain = node_effects(lm, tokens, nodes, other_tokens, metric)    # [batch, node], [batch]
 
+>>> from interp_jax.forward.nodes import node_set
+>>> from interp_jax.models.language_model import LanguageModel
+>>> from interp_jax.transforms.sowing import sow
+>>> def forward(params, tokens):
+...     return sow(params[tokens], name="embed").sum(1, keepdims=True) ** 2
+>>> lm = LanguageModel(Upstream("sum", forward), jnp.eye(3), name="sum")
+>>> tokens, other = np.array([[0, 1]]), np.array([[0, 0]])
+>>> effects, plain = node_effects(lm, tokens, node_set(lm, tokens, ["embed"]), other, lambda logits: logits[:, 0, 0])
+>>> effects.tolist(), plain.tolist()
+([[0.0, 3.0]], [1.0])
+
 Sharp edges: with a cache, sums over keys are taken in another order than without, so effects differ from those of
 passes over the whole prompt in the last digits. Ctrl-C ends the sweep with what is done; what is not is NaN.
 
@@ -53,8 +64,13 @@ Source: TypeAlias = "np.ndarray | Callable[[Site, Any], Any]"
 class Cut(NamedTuple):
     """A forward pass over the positions from `start`, and how the metric follows from what it ends in.
 
-    Positions after `last` do not matter. `metric` is a function of the parameters and of ends `[row, batch, ...]`: the
-    values at `until`, or the logits.
+    Args:
+        fn: The pass.
+        args: Its arguments.
+        start: Its first position.
+        last: The last position that matters.
+        until: The site it ends at; None if it ends in the logits.
+        metric: A function of the parameters and of ends `[row, batch, ...]`.
     """
 
     fn: Callable[..., Any]

@@ -166,7 +166,7 @@ class NodeSet:
         return scores[..., ids.start : ids.stop].reshape(*scores.shape[:-1], *group.shape)
 
     def order(self, scores: Any) -> np.ndarray:
-        """Numbers of the nodes by falling absolute score `[node]`; of equals, the lower number first."""
+        """Numbers of the nodes by falling absolute `scores`, `[node]`; of equals, the lower number first."""
         return np.argsort(-np.abs(np.asarray(scores)), kind="stable")
 
     def top(self, scores: Any, n: int = 10) -> list[tuple[Node, float]]:
@@ -229,6 +229,28 @@ def node_set(
         n_units = shape[2] if len(shape) == 4 or name in NEURONS else None
         groups.append(NodeGroup(name, tuple(site.layer for site in sites), tuple(chosen), n_units, is_pooled))
     return NodeSet(tuple(groups), n_pos)
+
+
+def check_nodes(nodes: NodeSet, tokens: np.ndarray, *, where: str) -> None:
+    """Refuse nodes that are not of these prompts.
+
+    Args:
+        nodes: The nodes.
+        tokens: Token ids, `[batch, pos]`.
+        where: The public call, for the error message.
+
+    Raises:
+        InvalidInputError: The prompts have another length, or there are no nodes.
+    """
+    if nodes.n_pos != tokens.shape[1] or not nodes.n_nodes:
+        raise InvalidInputError(
+            four_part(
+                f"{nodes.n_nodes} nodes of prompts of {nodes.n_pos} tokens were given for prompts of {tokens.shape[1]}",
+                where=where,
+                expected="nodes, and of prompts of the same length.",
+                fix="make them with node_set(lm, tokens, ...) of these tokens.",
+            )
+        )
 
 
 def check_pair(lm: LanguageModel, clean: Any, corrupted: Any, *, where: str) -> tuple[np.ndarray, np.ndarray]:

@@ -32,7 +32,7 @@ from interp_jax.core.errors import InvalidInputError, UnknownNameError, four_par
 from interp_jax.core.sites import Site
 from interp_jax.forward.metrics import Metric
 from interp_jax.forward.node_effects import node_effects, plain_metric
-from interp_jax.forward.nodes import Node, NodeSet, check_pair
+from interp_jax.forward.nodes import Node, NodeSet, check_nodes, check_pair
 
 if TYPE_CHECKING:
     from interp_jax.models.language_model import LanguageModel
@@ -146,7 +146,7 @@ def activation_patching(
     if direction not in DIRECTIONS:
         raise _unknown("direction", direction, DIRECTIONS, "activation_patching")
     clean, corrupted = check_pair(lm, clean, corrupted, where="activation_patching")
-    _check_nodes(nodes, clean, "activation_patching")
+    check_nodes(nodes, clean, where="activation_patching")
     tokens, source = (clean, corrupted) if direction == "noising" else (corrupted, clean)
     done = None if resume is None else resume.effects
     effects, plain = node_effects(
@@ -196,7 +196,7 @@ def ablation(
     if kind not in ABLATIONS:
         raise _unknown("kind", kind, ABLATIONS, "ablation")
     tokens = np.asarray(lm.check_tokens(tokens, where="ablation"))
-    _check_nodes(nodes, tokens, "ablation")
+    check_nodes(nodes, tokens, where="ablation")
     source: Any
     if kind == "zero":
         source = _zero
@@ -237,18 +237,6 @@ def _mean_source(lm: LanguageModel, reference: Any, nodes: NodeSet) -> Any:
 
     means = {site: mean(value) for site, value in lm.reap(reference, nodes.sites).items()}
     return lambda site, value: jnp.broadcast_to(means[site][None, None], value.shape).astype(value.dtype)
-
-
-def _check_nodes(nodes: NodeSet, tokens: np.ndarray, where: str) -> None:
-    if nodes.n_pos != tokens.shape[1]:
-        raise InvalidInputError(
-            four_part(
-                f"Nodes of prompts of {nodes.n_pos} tokens were given for prompts of {tokens.shape[1]}",
-                where=where,
-                expected="a node set of prompts of the same length.",
-                fix="make the nodes with node_set(lm, tokens, ...) of these tokens.",
-            )
-        )
 
 
 def _unknown(what: str, given: str, names: tuple[str, ...], where: str) -> UnknownNameError:
