@@ -62,6 +62,14 @@ if TYPE_CHECKING:
     from interp_jax.methods.activation_patching import ablation as ablation
     from interp_jax.methods.activation_patching import activation_patching as activation_patching
     from interp_jax.methods.atp import attribution_patching as attribution_patching
+    from interp_jax.methods.circuits.acdc import acdc as acdc
+    from interp_jax.methods.circuits.edge_attribution import edge_attribution as edge_attribution
+    from interp_jax.methods.circuits.edge_model import edge_graph as edge_graph
+    from interp_jax.methods.circuits.edge_passes import patched_edges as patched_edges
+    from interp_jax.methods.circuits.edge_passes import sender_writes as sender_writes
+    from interp_jax.methods.circuits.evaluation import faithfulness as faithfulness
+    from interp_jax.methods.circuits.graph import Circuit as Circuit
+    from interp_jax.methods.circuits.path_patching import path_patching as path_patching
     from interp_jax.methods.cost_recall import cost_recall as cost_recall
     from interp_jax.methods.direct_logit_attribution import direct_logit_attribution as direct_logit_attribution
     from interp_jax.methods.layer_effects import layer_effects as layer_effects
@@ -119,6 +127,13 @@ _HOMES = {
     ),
     "interp_jax.forward.metrics": ("logit_difference",),
     "interp_jax.forward.sweeps": ("scaled", "sweep"),
+    "interp_jax.methods.circuits.acdc": ("acdc",),
+    "interp_jax.methods.circuits.edge_attribution": ("edge_attribution",),
+    "interp_jax.methods.circuits.edge_model": ("edge_graph",),
+    "interp_jax.methods.circuits.edge_passes": ("patched_edges", "sender_writes"),
+    "interp_jax.methods.circuits.evaluation": ("faithfulness",),
+    "interp_jax.methods.circuits.graph": ("Circuit",),
+    "interp_jax.methods.circuits.path_patching": ("path_patching",),
     "interp_jax.methods.cost_recall": ("cost_recall",),
     "interp_jax.forward.nodes": ("NodeSet", "node_set"),
     "interp_jax.methods.activation_patching": ("ablation", "activation_patching"),

@@ -46,7 +46,7 @@ class ModelConfig:
         activation: Name of the MLP's nonlinearity, such as "silu" or "gelu_new".
         is_gated: Whether the nonlinearity gates a linear branch (`mlp_gate`, `mlp_pre`).
         is_tied: Whether the unembedding is the embedding.
-        norm: "rmsnorm" or "layernorm".
+        norm: "rmsnorm", "layernorm" or "none".
         norm_eps: What is added to the variance.
         rope_theta: The rotary base, None with learned positions.
         dtype: Name of the dtype of parameters and computation.
