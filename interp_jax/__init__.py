@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from interp_jax.data.prompts import ioi_pairs as ioi_pairs
     from interp_jax.data.prompts import random_text_pairs as random_text_pairs
     from interp_jax.forward.metrics import logit_difference as logit_difference
+    from interp_jax.forward.node_subsets import subset_patching as subset_patching
     from interp_jax.forward.nodes import NodeSet as NodeSet
     from interp_jax.forward.nodes import node_set as node_set
     from interp_jax.forward.sweeps import scaled as scaled
@@ -126,6 +127,7 @@ _HOMES = {
         "random_text_pairs",
     ),
     "interp_jax.forward.metrics": ("logit_difference",),
+    "interp_jax.forward.node_subsets": ("subset_patching",),
     "interp_jax.forward.sweeps": ("scaled", "sweep"),
     "interp_jax.methods.circuits.acdc": ("acdc",),
     "interp_jax.methods.circuits.edge_attribution": ("edge_attribution",),
