@@ -97,10 +97,17 @@ for (const node of DATA.nodes) {
 const head = byId("table").createTHead().insertRow();
 for (const [text, cls] of [["from", ""], ["to", ""], ["score", "right"]]) head.append(make("th", text, cls));
 const body = byId("table").createTBody();
+// An edge into a key-value head is drawn once per head of its group, and told once.
+const once = new Map();
 for (const edge of DATA.edges) {
+  const key = edge.sender + " " + edge.receiver;
+  if (!once.has(key)) once.set(key, []);
+  once.get(key).push(edge);
+}
+for (const [edge, ...others] of once.values()) {
   const row = body.insertRow();
   row.append(make("td", edge.sender), make("td", edge.receiver), make("td", signed(edge.score), "right"));
-  row.addEventListener("mouseenter", () => show([edge], words(edge)));
+  row.addEventListener("mouseenter", () => show([edge, ...others], words(edge)));
   row.addEventListener("mouseleave", () => show([]));
 }
 """
