@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-ALL = ("light", "unlistened", "loop", "harvest", "stacked", "loading")
+ALL = ("light", "unlistened", "loop", "harvest", "patching", "stacked", "loading")
 
 
 def main(names: list[str]) -> int:
