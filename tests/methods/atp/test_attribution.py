@@ -18,11 +18,13 @@ from interp_jax.forward.nodes import node_set
 from interp_jax.methods.activation_patching import activation_patching
 from interp_jax.methods.atp import attribution_patching
 from interp_jax.models.language_model import LanguageModel
+from interp_jax.models.loading import load
 from interp_jax.models.upstream import Upstream
 from interp_jax.transforms.harvest import intervene, reap_sites, site_gradients
 from interp_jax.transforms.sowing import layer_scope, sow
+from tests.source_tree import ROOT
 
-METRIC = logit_difference(3, 7)
+METRIC, ORACLES = logit_difference(3, 7), ROOT / "tests" / "oracles"
 D, HEADS, KV_HEADS, D_HEAD, D_VOCAB = 8, 4, 2, 3, 40
 
 
@@ -160,11 +162,14 @@ def test_grad_drop_sees_effects_that_cancel(rng, pair) -> None:
     np.testing.assert_allclose(result.scores, np.abs(delta), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("layers_per_step", [2, 8])
-def test_grad_drop_is_the_mean_over_stopped_gradients(tiny, rng, layers_per_step) -> None:
+@pytest.mark.parametrize(("family", "layers_per_step"), [("gpt2", 8), ("llama", 2), ("gptj", 8)])
+def test_grad_drop_is_the_mean_over_stopped_gradients(rng, family, layers_per_step) -> None:
+    tiny = load(ORACLES / f"tiny_{family}")
+    assert tiny.config is not None
     clean = rng.integers(1, 40, (2, 6)).astype(np.int32)
     corrupted = rng.integers(1, 40, (2, 6)).astype(np.int32)
-    names = ["z", "v", "mlp_post", "attn_out", "resid_pre", "resid_mid", "resid_post", "embed", "ln_final"]
+    names = ["z", "v", "mlp_post", "attn_out", "resid_pre", "resid_post", "embed", "ln_final"]
+    names += [] if tiny.config.is_parallel else ["resid_mid"]
     nodes = node_set(tiny, clean, names, positions=[1, 5])
     result = attribution_patching(tiny, clean, corrupted, METRIC, nodes, layers_per_step=layers_per_step)
     new = reap_sites(tiny.forward, nodes.sites)(tiny.params, corrupted)
