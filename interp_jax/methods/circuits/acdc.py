@@ -141,7 +141,8 @@ def acdc(
         return finite(values, where="acdc")[: len(masks)]
 
     search = _Search(model.graph, evaluate, n_passes, threshold, is_absolute)
-    with tqdm(total=model.graph.n_edges, desc="acdc", unit="edge", disable=None if progress else True) as bar:
+    hidden = None if progress else True
+    with tqdm(total=model.graph.n_edges, desc="acdc", unit="edge", disable=hidden, leave=False) as bar:
         for receiver in reversed(range(model.graph.shape[1])):
             for decision in search.visit(receiver, _ordered(model.graph, receiver, order, key)):
                 search.decisions.append(decision)

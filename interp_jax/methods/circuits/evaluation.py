@@ -13,7 +13,7 @@ array([0.75])
 Sharp edges: it can exceed 1 (a circuit without the edges that work against the answer) and be negative. Where the
 clean and the corrupted metric are the same it is NaN. Metrics are averaged over the batch before the ratio is taken.
 
-Source: Hanna et al. (2403.17806) for the normalised form.
+Source: Hanna et al. (2403.17806) for the normalised form; Goldowsky-Dill et al. (2304.05969) for the unexplained part.
 """
 
 from __future__ import annotations
@@ -65,6 +65,17 @@ class FaithfulnessResult:
         whole = float(self.full.mean() - empty)
         part = self.kept.mean(1) - empty
         return part / whole if abs(whole) > TOLERANCE else np.full_like(part, np.nan)
+
+    @property
+    def unexplained(self) -> np.ndarray:
+        """mean |metric(circuit) - metric(model)| / mean |metric(no edges) - metric(model)|, `[circuit]`.
+
+        Differences are taken example by example, so that examples on which a circuit is wrong in opposite directions
+        do not make up for each other.
+        """
+        whole = float(np.abs(self.empty - self.full).mean())
+        part = np.abs(self.kept - self.full[None]).mean(1)
+        return part / whole if whole > TOLERANCE else np.full_like(part, np.nan)
 
 
 def faithfulness(

@@ -227,8 +227,8 @@ class Circuit:
     def pruned(self) -> Circuit:
         """Only the edges on some path from the input to the logits. What the circuit computes stays the same.
 
-        A node none of whose inputs reaches back to the input writes its corrupted value anyway, and what nothing
-        carries on to the logits changes nothing.
+        A node none of whose inputs reaches back to the input writes its corrupted value anyway (where that comes
+        from a corrupted run, not from zeros), and what nothing carries on to the logits changes nothing.
         """
         graph, is_kept = self.graph, self.is_kept
         feeds = graph.feeds

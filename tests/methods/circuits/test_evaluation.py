@@ -9,7 +9,7 @@ from interp_jax.core.errors import InvalidInputError
 from interp_jax.forward.metrics import logit_difference
 from interp_jax.methods.circuits.edge_attribution import edge_attribution
 from interp_jax.methods.circuits.edge_model import edge_graph
-from interp_jax.methods.circuits.evaluation import faithfulness
+from interp_jax.methods.circuits.evaluation import FaithfulnessResult, faithfulness
 from interp_jax.methods.circuits.graph import Circuit, EdgeGraph
 from interp_jax.transforms.compilations import count_compilations
 from tests.methods.circuits.induction import CIRCUIT, CLEAN, CORRUPTED, induction_model
@@ -35,6 +35,7 @@ def test_ends_pruning_and_values(rng, pair):
     np.testing.assert_allclose(result.kept[2], logits[:, -1, 3] - logits[:, -1, 7], rtol=1e-3, atol=1e-4)
     means = [part.mean() for part in (result.kept[2], result.empty, result.full)]
     assert result.faithfulness[2] == pytest.approx((means[0] - means[1]) / (means[2] - means[1]))
+    np.testing.assert_allclose(result.unexplained[:2], [0, 1], atol=1e-5)
     assert result.n_edges == tuple(circuit.n_edges for circuit in circuits)
 
 
@@ -53,11 +54,17 @@ def test_the_induction_circuit_is_faithful_and_nothing_less_is():
     np.testing.assert_allclose(curve.faithfulness, [0, 1, 1], atol=1e-3)
 
 
+def test_errors_of_opposite_sign_do_not_make_up_for_each_other():
+    result = FaithfulnessResult(np.array([2.0, 2.0]), np.array([0.0, 0.0]), np.array([[3.0, 1.0]]), (1,))
+    assert (result.faithfulness[0], result.unexplained[0]) == (1, 0.5)
+
+
 def test_where_nothing_changes_there_is_no_ratio(rng, pair):
     lm = toy(rng, n_layers=1)
     everything = Circuit(edge_graph(lm), edge_graph(lm).is_edge)
     with pytest.warns(UserWarning, match="are the same clean and corrupted"):
         result = faithfulness(lm, pair[0], pair[0], METRIC, everything, progress=False)
     assert np.isnan(result.faithfulness).all()
+    assert np.isnan(result.unexplained).all()
     with pytest.raises(InvalidInputError, match=r"1 circuits of EdgeGraph\(n_layers=9[\s\S]*Fix:"):
         faithfulness(lm, pair[0], pair[1], METRIC, Circuit.of(EdgeGraph(9, 2, 2), []))
