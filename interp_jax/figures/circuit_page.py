@@ -18,13 +18,10 @@ BODY = """
 </header>
 <div class="plot"><svg id="plot" role="img" aria-label="The circuit; the table below has its edges"></svg></div>
 <p id="told" class="told" aria-live="polite">Point at a node or an edge.</p>
-<details open><summary>Edges, strongest first</summary><table id="table"></table></details>
+<details open><summary>Edges, strongest first</summary><table id="table" class="numbers"></table></details>
 """
 
 STYLE = """
-.prompt { white-space: pre-wrap; max-height: 4.5em; overflow: auto; background: var(--raised); padding: 6px 10px;
-  border-radius: 6px; font-size: 13px; }
-.prompt:empty { display: none; }
 .plot { overflow: auto; max-height: 80vh; }
 .plot svg { display: block; }
 .plot rect { fill: var(--surface); stroke-width: 1.4; }
@@ -34,26 +31,9 @@ STYLE = """
 .plot.some path:not(.here) { stroke-opacity: 0.06; }
 .told { min-height: 1.5em; margin: 4px 0 14px; }
 summary { cursor: pointer; color: var(--quiet); font-size: 13px; margin-bottom: 6px; }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th { text-align: left; color: var(--quiet); font-weight: 500; }
-td, th { padding: 2px 22px 2px 0; border-bottom: 1px solid var(--line); }
-td.right, th.right { text-align: right; }
 """
 
 SCRIPT = r"""
-const byId = (id) => document.getElementById(id);
-const make = (tag, text, cls) => {
-  const node = document.createElement(tag);
-  if (text !== undefined) node.textContent = text;
-  if (cls) node.className = cls;
-  return node;
-};
-const svg = (tag, attributes, text) => {
-  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-  if (text !== undefined) node.textContent = text;
-  return node;
-};
 const signed = (x) => x === null ? "" : (x > 0 ? "+" : "") + x.toFixed(3).replace("-", "−");
 const COLOURS = { head: "var(--series-1)", mlp: "var(--series-2)" };
 

@@ -20,7 +20,7 @@ BODY = """
 <div class="legend" id="legend"></div>
 <div class="plot"><svg id="plot" role="img" aria-label="Cost by K; the table below has the numbers"></svg></div>
 <p id="told" class="told" aria-live="polite">Point at the plot.</p>
-<table id="table"></table>
+<table id="table" class="numbers"></table>
 """
 
 STYLE = """
@@ -29,26 +29,9 @@ STYLE = """
 .plot { overflow-x: auto; }
 .plot text { fill: var(--quiet); font-size: 11px; }
 .told { min-height: 1.5em; }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th { text-align: left; color: var(--quiet); font-weight: 500; }
-td, th { padding: 2px 22px 2px 0; border-bottom: 1px solid var(--line); }
-td.right, th.right { text-align: right; }
 """
 
 SCRIPT = r"""
-const byId = (id) => document.getElementById(id);
-const make = (tag, text, cls) => {
-  const node = document.createElement(tag);
-  if (text !== undefined) node.textContent = text;
-  if (cls) node.className = cls;
-  return node;
-};
-const svg = (tag, attributes, text) => {
-  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-  if (text !== undefined) node.textContent = text;
-  return node;
-};
 const colour = (i) => "hsl(" + (210 + 137 * i) % 360 + " 62% 52%)";
 const K = DATA.k, last = K[K.length - 1];
 const left = 70, top = 12, width = 720, height = 380;

@@ -20,13 +20,10 @@ BODY = """
 <div class="legend" id="legend"></div>
 <div class="plot"><svg id="plot" role="img" aria-label="Effects by layer; the table below has the numbers"></svg></div>
 <p id="told" class="told" aria-live="polite">Point at a bar.</p>
-<details open><summary>All effects, strongest first</summary><table id="table"></table></details>
+<details open><summary>All effects, strongest first</summary><table id="table" class="numbers"></table></details>
 """
 
 STYLE = """
-.prompt { white-space: pre-wrap; max-height: 4.5em; overflow: auto; background: var(--raised); padding: 6px 10px;
-  border-radius: 6px; font-size: 13px; }
-.prompt:empty { display: none; }
 .legend { display: flex; gap: 18px; font-size: 13px; margin: 10px 0 4px; }
 .legend i { display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 6px; }
 .plot { overflow-x: auto; }
@@ -39,26 +36,9 @@ STYLE = """
 .plot g:hover .bar, .plot g.here .bar { filter: brightness(1.15); stroke: var(--ink); stroke-width: 1; }
 .told { min-height: 1.5em; margin: 4px 0 14px; }
 summary { cursor: pointer; color: var(--quiet); font-size: 13px; margin-bottom: 6px; }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th { text-align: left; color: var(--quiet); font-weight: 500; }
-td, th { padding: 2px 22px 2px 0; border-bottom: 1px solid var(--line); }
-td.right, th.right { text-align: right; }
 """
 
 SCRIPT = r"""
-const byId = (id) => document.getElementById(id);
-const make = (tag, text, cls) => {
-  const node = document.createElement(tag);
-  if (text !== undefined) node.textContent = text;
-  if (cls) node.className = cls;
-  return node;
-};
-const svg = (tag, attributes, text) => {
-  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-  if (text !== undefined) node.textContent = text;
-  return node;
-};
 const plain = (x, digits = 3) => x.toFixed(digits).replace("-", "−");
 const signed = (x) => (x > 0 ? "+" : "") + plain(x);
 const COLOURS = ["var(--series-1)", "var(--series-2)", "var(--accent)", "var(--quiet)"];

@@ -7,6 +7,7 @@ its name and number, and a table lists all cells by size.
 (True, True)
 
 Sharp edges: names reach the document through `textContent` alone, never as markup. A cell without a number is null.
+Columns may have longer names than their labels, in `column_names`.
 
 Source: interp_jax.
 """
@@ -21,13 +22,10 @@ BODY = """
 </header>
 <p id="told" class="told" aria-live="polite">Point at a cell.</p>
 <div id="grids"></div>
-<details><summary>All numbers, largest first</summary><table id="table"></table></details>
+<details><summary>All numbers, largest first</summary><table id="table" class="numbers"></table></details>
 """
 
 STYLE = """
-.prompt { white-space: pre-wrap; max-height: 4.5em; overflow: auto; background: var(--raised); padding: 6px 10px;
-  border-radius: 6px; font-size: 13px; }
-.prompt:empty { display: none; }
 .told { position: sticky; top: 0; background: var(--surface); min-height: 1.5em; margin: 4px 0 10px; padding: 4px 0; }
 h2 { font-size: 14px; margin: 14px 0 4px; }
 .grid { display: grid; gap: 1px; width: max-content; max-width: 100%; overflow-x: auto; font-size: 11px; }
@@ -37,19 +35,9 @@ h2 { font-size: 14px; margin: 14px 0 4px; }
 .cell.here { outline: 2px solid var(--ink); outline-offset: -1px; }
 .cell.none { background: none; }
 summary { cursor: pointer; color: var(--quiet); font-size: 13px; margin: 14px 0 6px; }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-td { padding: 2px 22px 2px 0; border-bottom: 1px solid var(--line); }
-td.right { text-align: right; }
 """
 
 SCRIPT = r"""
-const byId = (id) => document.getElementById(id);
-const make = (tag, text, cls) => {
-  const node = document.createElement(tag);
-  if (text !== undefined) node.textContent = text;
-  if (cls) node.className = cls;
-  return node;
-};
 const signed = (x) => (x > 0 ? "+" : "") + x.toPrecision(4).replace("-", "−");
 const all = [];
 let here = null;
@@ -75,7 +63,9 @@ for (const grid of DATA.grids) {
       const hue = value > 0 ? "var(--series-1)" : "var(--series-2)";
       const share = Math.round(100 * Math.sqrt(Math.abs(value) / largest));
       node.style.background = "color-mix(in srgb, " + hue + " " + share + "%, var(--raised))";
-      const cell = { name: grid.name.replace("{row}", row).replace("{column}", column), value, node };
+      // Functions, since "$" in a replacement string has a meaning of its own.
+      const long = (grid.column_names ?? grid.columns)[c];
+      const cell = { name: grid.name.replace("{row}", () => row).replace("{column}", () => long), value, node };
       all.push(cell);
       node.addEventListener("mouseenter", () => tell(cell));
     });

@@ -31,8 +31,6 @@ BODY = """
 
 STYLE = """
 body { height: 100vh; display: flex; flex-direction: column; }
-.prompt { white-space: pre-wrap; max-height: 4.5em; overflow: auto; background: var(--raised); padding: 6px 10px;
-  border-radius: 6px; font-size: 13px; }
 .tools { display: flex; flex-wrap: wrap; gap: 10px 22px; align-items: center; margin: 6px 0 12px; }
 .choice { display: inline-flex; border: 1px solid var(--line); border-radius: 7px; overflow: hidden; }
 .choice button { font: inherit; font-size: 13px; padding: 3px 11px; border: 0; background: none; color: var(--quiet);
@@ -80,13 +78,6 @@ svg { display: block; width: 100%; height: 84px; overflow: visible; }
 """
 
 SCRIPT = r"""
-const byId = (id) => document.getElementById(id);
-const make = (tag, text, cls) => {
-  const node = document.createElement(tag);
-  if (text !== undefined) node.textContent = text;
-  if (cls) node.className = cls;
-  return node;
-};
 const nViews = DATA.views.length, nPos = DATA.inputs.length;
 const percent = (p) => p === null ? "–" : p >= 0.0995 ? (100 * p).toFixed(1) + " %" : p >= 0.0001 ?
   (100 * p).toFixed(2) + " %" : p === 0 ? "0 %" : "< 0.01 %";

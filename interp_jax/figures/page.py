@@ -39,7 +39,31 @@ body {
 h1 { font-size: 20px; line-height: 1.25; margin: 0 0 4px; letter-spacing: -0.01em; }
 p { margin: 0 0 6px; max-width: 110ch; }
 .quiet { color: var(--quiet); }
+.prompt { white-space: pre-wrap; max-height: 4.5em; overflow: auto; background: var(--raised); padding: 6px 10px;
+  border-radius: 6px; font-size: 13px; }
+.prompt:empty { display: none; }
+.numbers { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+.numbers th { text-align: left; color: var(--quiet); font-weight: 500; }
+.numbers td, .numbers th { padding: 2px 22px 2px 0; border-bottom: 1px solid var(--line); }
+.numbers td.right, .numbers th.right { text-align: right; }
 .mono { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+"""
+
+# What every script uses: an element by its id, a new element, a new part of a drawing.
+_SCRIPT = """
+const byId = (id) => document.getElementById(id);
+const make = (tag, text, cls) => {
+  const node = document.createElement(tag);
+  if (text !== undefined) node.textContent = text;
+  if (cls) node.className = cls;
+  return node;
+};
+const svg = (tag, attributes, text) => {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+  if (text !== undefined) node.textContent = text;
+  return node;
+};
 """
 
 
@@ -55,7 +79,8 @@ def html_page(title: str, *, body: str, style: str = "", script: str = "", data:
         title: Title of the window; escaped here.
         body: Markup of the body.
         style: CSS after the frame's own.
-        script: JavaScript, run after the body is there, in a block of its own; it finds the data in `DATA`.
+        script: JavaScript, run after the body is there, in a block of its own; it finds the data in `DATA`, and
+            `byId`, `make` and `svg` for elements.
         data: Anything JSON can hold.
 
     Returns:
@@ -72,5 +97,5 @@ def html_page(title: str, *, body: str, style: str = "", script: str = "", data:
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
         f"<style>{_STYLE}{style}</style>\n</head>\n<body>\n{body}\n"
-        f'<script>"use strict";\nconst DATA = {embedded};\n{{\n{script}}}</script>\n</body>\n</html>\n'
+        f'<script>"use strict";\nconst DATA = {embedded};{_SCRIPT}{{\n{script}}}</script>\n</body>\n</html>\n'
     )
