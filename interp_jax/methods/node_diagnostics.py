@@ -329,6 +329,19 @@ def _checked_scores(scores: Any) -> np.ndarray:
     return array
 
 
+def rank_correlation(a: Any, b: Any) -> float:
+    """Spearman's correlation: Pearson's of the ranks, ties sharing their mean rank; NaN where either is constant.
+
+    Args:
+        a: Numbers, `[n]`.
+        b: Numbers, `[n]`.
+
+    Returns:
+        From -1 to 1.
+    """
+    return _correlation(_ranks(np.asarray(a)), _ranks(np.asarray(b)))
+
+
 def _ranks(values: np.ndarray) -> np.ndarray:
     """Ranks from 1, ties sharing their mean rank."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
