@@ -271,7 +271,10 @@ def _attribution(
 
     def add(total: Any, numbers: Any) -> tuple[Any, None]:
         terms = jax.vmap(term)(jnp.maximum(numbers, 0))
-        return total + (terms * (numbers >= 0)[:, None, None].astype(terms.dtype)).sum(0), None
+        # A product, not a sum over the axis: XLA's CPU code for that sum gives every row the first row's numbers when
+        # there are some ten thousand nodes (jaxlib 0.10.2).
+        kept = (numbers >= 0).astype(terms.dtype)
+        return total + jnp.einsum("lbn,l->bn", terms, kept, precision="highest"), None
 
     n_layers, size = len(setup.layers), min(setup.layers_per_step, len(setup.layers))
     steps = -(-n_layers // size)

@@ -238,3 +238,29 @@ def test_mistakes(rng, pair) -> None:
     biased = made(rng, "attention with bias", "linear")
     with pytest.raises(UnsupportedModelError, match="differ from scaled products of queries and keys"):
         attribution_patching(biased, *pair, metric=METRIC, nodes=node_set(biased, pair[0], "q"), grad_drop=False)
+
+
+def wide(params: Any, tokens: Any) -> Any:
+    """Ten layers of many neurons."""
+    x = params["W_E"][tokens]
+    for layer, (W_in, W_out) in enumerate(params["layers"]):
+        with layer_scope(layer):
+            x = sow(x, name="resid_pre")
+            x = sow(x + sow(jnp.tanh(x @ W_in), name="mlp_post") @ W_out, name="resid_post")
+    return x
+
+
+def test_each_row_has_its_own_scores_among_many_nodes(rng) -> None:
+    # With 40000 nodes the sum over layers was once compiled so that all rows had the scores of the first.
+    def weights(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape) / 4, jnp.float32)
+
+    params = {"W_E": weights(7, 4), "layers": [(weights(4, 4000), weights(4000, 4) / 64) for _ in range(10)]}
+    lm = LanguageModel(Upstream("wide", wide), params, name="wide")
+    clean, corrupted = np.array([[0], [1], [2]], np.int32), np.array([[3], [4], [5]], np.int32)
+    nodes = node_set(lm, clean, ["mlp_post"])
+    result = attribution_patching(lm, clean, corrupted, lambda logits: logits[:, -1, 1], nodes)
+    # No layer after the last one can block it.
+    estimates, scores = (nodes.grid("mlp_post", each)[:, -1] for each in (np.abs(result.estimates), result.scores))
+    np.testing.assert_allclose(scores, estimates, rtol=1e-4, atol=1e-7)
+    assert np.abs(estimates[0] - estimates[1]).max() > 1e-3
