@@ -118,11 +118,10 @@ MENDS = Patcher(
         **_as_in_llama(transformers_llama.MENDS),
         "FlaxMistralAttention.setup": [
             (
+                # In 4.45 the mask has another name, and the window may not be None.
                 """
-                causal_mask = make_causal_mask(
-                    jnp.ones((1, config.max_position_embeddings), dtype="bool"), dtype="bool"
-                )
-                self.causal_mask = jnp.triu(causal_mask, k=-(config.sliding_window or 0))
+                $mask = make_causal_mask(jnp.ones((1, config.max_position_embeddings), dtype="bool"), dtype="bool")
+                self.causal_mask = jnp.triu($same_mask, k=$window)
                 """,
                 "self.causal_mask = None",
             ),

@@ -257,18 +257,6 @@ circle.here { stroke: var(--ink); stroke-width: 2; }
 """
 
 _SCRIPT = r"""
-const byId = (id) => document.getElementById(id);
-const make = (tag, text) => {
-  const node = document.createElement(tag);
-  if (text !== undefined) node.textContent = text;
-  return node;
-};
-const svg = (tag, attributes, text) => {
-  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-  if (text !== undefined) node.textContent = text;
-  return node;
-};
 const size = 420, left = 44, below = 22, [low, high] = DATA.ends;
 const at = (value) => size * Math.log(Math.max(value, low) / low) / Math.log(high / low);
 DATA.groups.forEach((name, g) => {

@@ -30,7 +30,7 @@ def test_one_except_clause_catches_the_family(error: type[Exception]) -> None:
 @pytest.mark.parametrize("error", FAMILY, ids=lambda error: error.__name__)
 def test_each_error_is_also_a_builtin_one(error: type[Exception]) -> None:
     # Code that knows nothing of this package still catches the kind of mistake it is.
-    assert issubclass(error, (ValueError, LookupError, RuntimeError))
+    assert issubclass(error, (ValueError, LookupError, RuntimeError, OSError))
 
 
 def test_the_message_of_an_unknown_name_shows_the_text_not_its_repr() -> None:

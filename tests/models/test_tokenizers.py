@@ -58,7 +58,8 @@ def plain_gpt2(metadata: dict[str, Any], tmp_path_factory: pytest.TempPathFactor
     vocabulary = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
     (directory / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     (directory / "merges.txt").write_text("\n".join(["#", *metadata["tokenizer.ggml.merges"], ""]), encoding="utf-8")
-    return GPT2Tokenizer(str(directory / "vocab.json"), str(directory / "merges.txt"))
+    files = (str(directory / "vocab.json"), str(directory / "merges.txt"))
+    return GPT2Tokenizer(*files, clean_up_tokenization_spaces=False)
 
 
 def words_of_smollm(text: str) -> list[str]:
