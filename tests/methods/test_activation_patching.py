@@ -51,7 +51,7 @@ def chosen(nodes: NodeSet, rng: np.random.Generator, n: int) -> np.ndarray:
     return np.sort(rng.choice(nodes.n_nodes, n, replace=False))
 
 
-@pytest.mark.parametrize("direction", ["noising", "denoising"])
+@pytest.mark.parametrize("direction", ["noising", pytest.param("denoising", marks=pytest.mark.slow)])
 def test_effects_are_those_of_one_pass_per_node(tiny, pair, direction) -> None:
     clean, corrupted = pair
     nodes = node_set(tiny, clean, NAMES[:-1], layers=[1], positions=[2, 5])
@@ -64,56 +64,56 @@ def test_effects_are_those_of_one_pass_per_node(tiny, pair, direction) -> None:
     np.testing.assert_allclose(np.asarray(result.other), METRIC(tiny(source)), rtol=1e-5, atol=1e-6)
 
 
-def test_any_metric_stacked_layers_and_steps_give_the_same(tiny, pair, rng) -> None:
+def test_any_metric_stacked_layers_and_steps_give_the_same(tiny_llama, pair, rng) -> None:
     clean, corrupted = pair
-    nodes = node_set(tiny, clean, ["z", "mlp_out"])
+    nodes = node_set(tiny_llama, clean, ["z", "mlp_out"])
 
     def metric(logits: Any) -> Any:
         return jax.nn.log_softmax(logits)[:, :, 5].mean(-1)
 
     results = [
         activation_patching(lm, clean, corrupted, metric, nodes, rows_per_step=rows, progress=False)
-        for lm, rows in ((tiny, None), (tiny, 3), (tiny.stacked(), None))
+        for lm, rows in ((tiny_llama, None), (tiny_llama, 3), (tiny_llama.stacked(), None))
     ]
     for result in results[1:]:
         np.testing.assert_allclose(result.effects, results[0].effects, rtol=1e-4, atol=2e-6)
     some = chosen(nodes, rng, 6)
-    truth = one_by_one(tiny, clean, tiny.reap(corrupted, nodes.sites), nodes, metric)
+    truth = one_by_one(tiny_llama, clean, tiny_llama.reap(corrupted, nodes.sites), nodes, metric)
     np.testing.assert_allclose(results[0].effects[:, some], truth[:, some], rtol=1e-4, atol=2e-6)
 
 
-def test_pooled_nodes_are_patched_at_all_positions_together(tiny, pair) -> None:
+def test_pooled_nodes_are_patched_at_all_positions_together(tiny_llama, pair) -> None:
     clean, corrupted = pair
-    nodes = node_set(tiny, clean, ["z", "resid_pre"], layers=[0, 2], is_pooled=True)
-    result = activation_patching(tiny, clean, corrupted, METRIC, nodes, progress=False)
-    truth = one_by_one(tiny, clean, tiny.reap(corrupted, nodes.sites), nodes, METRIC)
+    nodes = node_set(tiny_llama, clean, ["z", "resid_pre"], layers=[0, 2], is_pooled=True)
+    result = activation_patching(tiny_llama, clean, corrupted, METRIC, nodes, progress=False)
+    truth = one_by_one(tiny_llama, clean, tiny_llama.reap(corrupted, nodes.sites), nodes, METRIC)
     np.testing.assert_allclose(result.effects, truth, rtol=1e-4, atol=2e-6)
     # The whole input replaced is the other prompt.
     np.testing.assert_allclose(result.grid("resid_pre")[0, 0, 0], (result.other - result.plain).mean(), rtol=1e-4)
     np.testing.assert_allclose(result.normalised[:, nodes.n_nodes - 2], 1.0, rtol=1e-4)
 
 
-def test_what_cannot_matter_is_exactly_zero(tiny, pair) -> None:
+def test_what_cannot_matter_is_exactly_zero(tiny_llama, pair) -> None:
     clean, corrupted = pair
-    nodes = node_set(tiny, clean, ["q", "z", "resid_pre"])
+    nodes = node_set(tiny_llama, clean, ["q", "z", "resid_pre"])
     at_4 = logit_difference(3, 7, position=4)
-    result = activation_patching(tiny, clean, corrupted, at_4, nodes, progress=False)
+    result = activation_patching(tiny_llama, clean, corrupted, at_4, nodes, progress=False)
     for name in ("q", "z", "resid_pre"):
         grid = nodes.grid(name, result.effects)
         assert np.all(grid[:, :, :2] == 0.0)  # Before the first token that differs.
         assert np.all(grid[:, :, 5:] == 0.0)  # After the position the metric reads.
         assert np.any(grid[:, :, 2:5] != 0.0)
     with pytest.warns(UserWarning, match="prompts are equal"):
-        same = activation_patching(tiny, clean, clean, METRIC, nodes, progress=False)
+        same = activation_patching(tiny_llama, clean, clean, METRIC, nodes, progress=False)
     assert np.all(same.effects == 0.0)
 
 
 @pytest.mark.parametrize("kind", ["zero", "mean", "resample"])
-def test_ablations(tiny, pair, key, kind) -> None:
+def test_ablations(tiny_llama, pair, key, kind) -> None:
     tokens = pair[0]
-    nodes = node_set(tiny, tokens, ["z", "mlp_out"], layers=[1])
-    result = ablation(tiny, tokens, METRIC, nodes, kind=kind, key=key, progress=False)
-    clean = tiny.reap(tokens, nodes.sites)
+    nodes = node_set(tiny_llama, tokens, ["z", "mlp_out"], layers=[1])
+    result = ablation(tiny_llama, tokens, METRIC, nodes, kind=kind, key=key, progress=False)
+    clean = tiny_llama.reap(tokens, nodes.sites)
     values = {}
     for site, value in clean.items():
         real = np.asarray(value)[tokens >= 0]  # [token, ...]
@@ -123,7 +123,7 @@ def test_ablations(tiny, pair, key, kind) -> None:
             values[site] = jnp.broadcast_to(jnp.asarray(real.mean(0))[None, None], value.shape)
         else:
             values[site] = value[::-1]  # Two rows: each gets the other's.
-    truth = one_by_one(tiny, tokens, values, nodes, METRIC)
+    truth = one_by_one(tiny_llama, tokens, values, nodes, METRIC)
     np.testing.assert_allclose(result.effects, truth, rtol=2e-4, atol=3e-6)
     assert result.other is None
     with pytest.raises(InvalidInputError, match="shares of an ablation"):
@@ -163,21 +163,21 @@ def test_in_a_linear_model_effects_of_the_embeddings_add_up(linear_lm, pair) -> 
 # --- sweeps ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_sweep_compiles_for_one_layer_and_another_sweep_nothing(tiny, pair) -> None:
+def test_a_sweep_compiles_for_one_layer_and_another_sweep_nothing(tiny_llama, pair) -> None:
     clean, corrupted = pair
-    first = node_set(tiny, clean, ["z", "resid_pre"], layers=[0, 1])
-    activation_patching(tiny, clean, corrupted, METRIC, first, progress=False)
+    first = node_set(tiny_llama, clean, ["z", "resid_pre"], layers=[0, 1])
+    activation_patching(tiny_llama, clean, corrupted, METRIC, first, progress=False)
     with count_compilations() as compiled:
-        activation_patching(tiny, clean, corrupted[::-1].copy()[::-1], METRIC, first, progress=False)
-        other = node_set(tiny, clean, ["z", "resid_pre"], layers=[1, 2])
-        activation_patching(tiny, clean, corrupted, logit_difference(1, 2), other, progress=False)
+        activation_patching(tiny_llama, clean, corrupted[::-1].copy()[::-1], METRIC, first, progress=False)
+        other = node_set(tiny_llama, clean, ["z", "resid_pre"], layers=[1, 2])
+        activation_patching(tiny_llama, clean, corrupted, logit_difference(1, 2), other, progress=False)
     assert not compiled
 
 
-def test_an_interrupted_sweep_keeps_what_it_has_and_goes_on(tiny, pair, monkeypatch) -> None:
+def test_an_interrupted_sweep_keeps_what_it_has_and_goes_on(tiny_llama, pair, monkeypatch) -> None:
     clean, corrupted = pair
-    nodes = node_set(tiny, clean, ["resid_pre", "mlp_out"])
-    whole = activation_patching(tiny, clean, corrupted, METRIC, nodes, progress=False)
+    nodes = node_set(tiny_llama, clean, ["resid_pre", "mlp_out"])
+    whole = activation_patching(tiny_llama, clean, corrupted, METRIC, nodes, progress=False)
     placed, calls = engine._placed, []
 
     def interrupted(*args: Any) -> Any:
@@ -188,12 +188,12 @@ def test_an_interrupted_sweep_keeps_what_it_has_and_goes_on(tiny, pair, monkeypa
 
     monkeypatch.setattr(engine, "_placed", interrupted)
     with pytest.warns(UserWarning, match=r"Interrupted: \d+ of 36 nodes are left"):
-        part = activation_patching(tiny, clean, corrupted, METRIC, nodes, progress=False)
+        part = activation_patching(tiny_llama, clean, corrupted, METRIC, nodes, progress=False)
     assert not part.is_complete
     known = ~np.isnan(part.effects)
     np.testing.assert_array_equal(part.effects[known], whole.effects[known])
     n_before = len(calls)
-    rest = activation_patching(tiny, clean, corrupted, METRIC, nodes, resume=part, progress=False)
+    rest = activation_patching(tiny_llama, clean, corrupted, METRIC, nodes, resume=part, progress=False)
     np.testing.assert_allclose(rest.effects, whole.effects, rtol=1e-5, atol=1e-6)
     assert rest.is_complete
     assert 0 < len(calls) - n_before <= 3  # Of six sites, three were done.

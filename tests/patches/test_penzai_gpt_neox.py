@@ -142,6 +142,7 @@ def test_stacked_and_unstacked_agree_at_every_site(models) -> None:
         close(values[site], value)
 
 
+@pytest.mark.slow
 def test_gradients_agree(models) -> None:
     plain, stacked = models
 
@@ -179,6 +180,7 @@ def test_the_loop_reads_what_is_reaped_and_changes_it(models, which: int, engine
 
 
 @LAYOUTS
+@pytest.mark.slow
 def test_contracts(models, which: int) -> None:
     report = models[which].check(TOKENS)
     assert report.ok, report
@@ -188,6 +190,7 @@ def test_contracts(models, which: int) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_generation_agrees_with_and_without_penzais_cache(models) -> None:
     value = np.zeros((1, 1, 24), np.float32)
     value[..., 3] = 4.0

@@ -121,6 +121,7 @@ def test_stacked_and_unstacked_agree_at_every_site(pair) -> None:
         close(values[site], value)
 
 
+@pytest.mark.slow
 def test_gradients_agree(pair) -> None:
     plain, stacked = pair
 
@@ -187,6 +188,7 @@ def test_moving_to_another_layer_compiles_nothing(pair) -> None:
     np.testing.assert_array_equal(first, again)
 
 
+@pytest.mark.slow
 def test_generation_with_and_without_cache_agrees(pair) -> None:
     change = {"1.resid_pre": lambda value: value * 1.5}
     cached, uncached = (

@@ -119,6 +119,7 @@ def test_donated_layers_are_gone() -> None:
     np.testing.assert_array_equal(unstacked(TOKENS), logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("at", ["all", "generated"])
 def test_generation_agrees(pair, use_cache: bool, at: str) -> None:
