@@ -116,7 +116,7 @@ def node_effects(
     if rows_per_step is not None and rows_per_step < 1:
         raise _refuse(f"rows_per_step={rows_per_step} was given", "a positive number.", "choose 1 or more.")
     names = [group.name for group in nodes.groups]
-    cut = cut_pass(lm, tokens, metric, _first_position(tokens, nodes, source), names=names)
+    cut = cut_pass(lm, tokens, metric, first_position(tokens, nodes, source), names=names)
     new = _new_values(lm, source, metric, cut, nodes.sites)
     by_site = {site: (group, ids) for group, ids in nodes.with_ids() for site in group.sites}
     plain: np.ndarray | None = None
@@ -208,6 +208,24 @@ def cut_pass(
     return Cut(_step_logits(upstream), (lm.params, cache, tokens[:, start:]), start, last, until, of_ends)
 
 
+def first_position(tokens: np.ndarray, nodes: NodeSet, source: Source) -> int:
+    """The first position at which a node can have an effect.
+
+    Args:
+        tokens: Prompts, `[batch, pos]`.
+        nodes: The nodes.
+        source: Where their new values come from.
+
+    Returns:
+        The position, from 0.
+    """
+    first = min(min(group.positions) for group in nodes.groups)
+    if callable(source):
+        return first
+    differing = np.flatnonzero((tokens != source).any(0))
+    return max(first, int(differing[0]) if len(differing) else tokens.shape[1] - 1)
+
+
 @functools.lru_cache(maxsize=64)
 def _step_logits(upstream: Upstream) -> Callable[..., Any]:
     """The pass over tokens after a cache, of which the cache is not wanted back."""
@@ -246,15 +264,6 @@ def _plain_metric(running_pass: RunningPass, value: Any, cut: Cut) -> np.ndarray
             f"The metric of the plain pass is {plain}", "finite numbers.", "look at the metric and the prompts."
         )
     return plain
-
-
-def _first_position(tokens: np.ndarray, nodes: NodeSet, source: Source) -> int:
-    """The first position at which a node can have an effect."""
-    first = min(min(group.positions) for group in nodes.groups)
-    if callable(source):
-        return first
-    differing = np.flatnonzero((tokens != source).any(0))
-    return max(first, int(differing[0]) if len(differing) else tokens.shape[1] - 1)
 
 
 def _new_values(

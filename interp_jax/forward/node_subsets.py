@@ -1,7 +1,8 @@
 """Subsets of nodes patched at once: the callable that diagnostics and searches over nodes ask for.
 
 All nodes of a subset take the value they have in the pass over other prompts, in one forward pass; many subsets run
-side by side. Which nodes those are is data, so one compiled program serves every subset.
+side by side. Which nodes those are is data, so one compiled program serves every subset. Positions before the first one
+that matters are read once, into the key-value cache, and of the logits only the position the metric reads is computed.
 
     effects = subset_patching(lm, clean, corrupted, logit_difference(mary, john), node_set(lm, clean))
     bound = bound_missed_nodes(effects, effects.nodes.n_nodes, n_subsets=500, probability=0.03)
@@ -21,6 +22,7 @@ Source: Kramár et al., "AtP*" (2403.00745), for the patching of subsets.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +34,10 @@ from jax.tree_util import Partial
 from interp_jax.core.errors import InvalidInputError, ShapeError, four_part
 from interp_jax.core.sites import Site
 from interp_jax.forward.metrics import Metric, check_metric_value
+from interp_jax.forward.node_effects import Cut, cut_pass, first_position
 from interp_jax.forward.nodes import NodeGroup, NodeSet, check_nodes, check_pair
 from interp_jax.forward.sweeps import STEP_BYTES
+from interp_jax.models import passes
 from interp_jax.transforms.compilations import counted_jit
 from interp_jax.transforms.running_pass import run
 
@@ -48,7 +52,8 @@ class SubsetPatching:
     Args:
         lm: The model.
         clean: Token ids of the prompts that are patched, int32 `[batch, pos]`.
-        sources: By site, the values that are put in.
+        cut: The part of the pass over them that is run.
+        sources: By site, the values that are put in, over the positions of that part.
         metric: A function from logits to `[batch]`.
         nodes: The nodes.
         plain: The metric of the pass without a patch, float32 `[batch]`.
@@ -57,6 +62,7 @@ class SubsetPatching:
 
     lm: LanguageModel
     clean: np.ndarray
+    cut: Cut
     sources: dict[Site, Any]
     metric: Any
     nodes: NodeSet
@@ -139,14 +145,17 @@ def subset_patching(
                 f"rows_per_step={rows_per_step} was given", where=where, expected="1 or more.", fix="choose a number."
             )
         )
+    names = [group.name for group in nodes.groups]
+    cut = cut_pass(lm, clean, metric, first_position(clean, nodes, corrupted), names=names)
+    other = cut_pass(lm, corrupted, metric, cut.start, names=names)
     if rows_per_step is None:
-        rows_per_step = int(np.clip(STEP_BYTES // max(1, lm.sites(clean).n_bytes), 1, 64))
+        bytes_per_row = lm.sites(clean).n_bytes * cut.args[-1].shape[1] // nodes.n_pos
+        rows_per_step = int(np.clip(STEP_BYTES // max(1, bytes_per_row), 1, 64))
     metric = metric if isinstance(metric, Partial) else Partial(metric)
-    sources = dict(lm.reap(corrupted, nodes.sites))
-    patching = SubsetPatching(lm, clean, sources, metric, nodes, np.zeros(len(clean), np.float32), rows_per_step)
+    sources = passes.read(other.fn, other.args, nodes.sites, where=where)
+    patching = SubsetPatching(lm, clean, cut, sources, metric, nodes, np.zeros(len(clean), np.float32), rows_per_step)
     # The empty subset, by the same program: so what changes nothing has an effect of exactly 0.
-    plain = _metrics(patching, np.zeros((1, nodes.n_nodes), bool))[:, 0]
-    return SubsetPatching(lm, clean, sources, metric, nodes, plain, rows_per_step)
+    return dataclasses.replace(patching, plain=_metrics(patching, np.zeros((1, nodes.n_nodes), bool))[:, 0])
 
 
 def covered(group: NodeGroup, chosen: np.ndarray, *, n_pos: int) -> np.ndarray:
@@ -166,44 +175,49 @@ def covered(group: NodeGroup, chosen: np.ndarray, *, n_pos: int) -> np.ndarray:
 
 def _metrics(patching: SubsetPatching, masks: np.ndarray) -> np.ndarray:
     """The metric with each subset patched, float32 `[batch, subset]`; all steps have one shape."""
-    lm, nodes, n_steps = patching.lm, patching.nodes, patching.rows_per_step
+    cut, nodes, n_steps = patching.cut, patching.nodes, patching.rows_per_step
     found = [np.zeros((0, len(patching.clean)), np.float32)]
     for start in range(0, len(masks), n_steps):
         rows = np.minimum(np.arange(start, start + n_steps), len(masks) - 1)
         by_site = {}
         for group in nodes.groups:
-            cover = covered(group, nodes.grid(group.name, masks[rows]), n_pos=nodes.n_pos)
+            cover = covered(group, nodes.grid(group.name, masks[rows]), n_pos=nodes.n_pos)[..., cut.start :, :]
             by_site |= {site: cover[:, i] for i, site in enumerate(group.sites)}
-        sites = tuple(by_site)
-        values = tuple(patching.sources[site] for site in sites)
-        new = _run(lm.forward, sites, lm.params, patching.clean, values, tuple(by_site.values()), patching.metric)
+        sites, values = tuple(by_site), tuple(patching.sources[site] for site in by_site)
+        metric = patching.metric if cut.until is None else None
+        new = _run(cut.fn, sites, cut.until, cut.args, values, tuple(by_site.values()), metric)
+        if cut.until is not None:
+            new = cut.metric(cut.args[0], new)
         found.append(np.asarray(new)[: len(masks) - start])
     return np.concatenate(found).T
 
 
 def _patched(
-    forward: Any,
+    fn: Any,
     sites: tuple[Site, ...],
-    params: Any,
-    tokens: Any,
+    until: Site | None,
+    args: tuple[Any, ...],
     sources: tuple[Any, ...],
     masks: tuple[Any, ...],
     metric: Any,
 ) -> jax.Array:
-    """The metric of every subset of one step, `[subset, batch]`."""
+    """For every subset of one step the value at `until`, `[subset, batch, ...]`, or the metric, `[subset, batch]`."""
     source_of = dict(zip(sites, sources, strict=True))
 
     def one_subset(row: tuple[Any, ...]) -> jax.Array:
         mask_of = dict(zip(sites, row, strict=True))
-        for layer, name, value in (running_pass := run(forward, params, tokens, sites=sites)):
-            site = Site(layer, name)
-            # [pos, unit] against [batch, pos, unit, ...]; a site without units has one that stands for all.
-            mask = mask_of[site].reshape(1, *mask_of[site].shape, *(1,) * (value.ndim - 3))
-            running_pass.modified_value = jnp.where(mask, source_of[site], value)
-        value = check_metric_value(metric(running_pass.retval), batch=len(tokens), where="subset_patching")
+        stops = sites if until is None else (*sites, until)
+        with run(fn, *args, sites=stops) as running_pass:
+            for layer, name, value in running_pass:
+                if (site := Site(layer, name)) == until:
+                    return value
+                # [pos, unit] against [batch, pos, unit, ...]; a site without units has one that stands for all.
+                mask = mask_of[site].reshape(1, *mask_of[site].shape, *(1,) * (value.ndim - 3))
+                running_pass.modified_value = jnp.where(mask, source_of[site], value)
+        value = check_metric_value(metric(running_pass.retval), batch=len(args[-1]), where="subset_patching")
         return value.astype(jnp.float32)
 
     return jax.vmap(one_subset)(masks)
 
 
-_run = counted_jit(_patched, name="subset_patching", static_argnums=(0, 1))
+_run = counted_jit(_patched, name="subset_patching", static_argnums=(0, 1, 2))
