@@ -46,12 +46,19 @@ from interp_jax.figures.activation_patching import patching_figure, patching_pag
 from interp_jax.figures.cost_recall import cost_figure, cost_page
 from interp_jax.figures.estimate_scatter import scatter_figure, scatter_page
 from interp_jax.forward.metrics import logit_difference
+from interp_jax.forward.node_subsets import SubsetPatching, subset_patching
 from interp_jax.forward.nodes import node_set
 from interp_jax.methods.activation_patching import PatchingResult, activation_patching
 from interp_jax.methods.atp import attribution_patching
 from interp_jax.methods.cost_recall import CostRecallResult, cost_recall
-from interp_jax.methods.node_diagnostics import rank_correlation
-from interp_jax.methods.node_search import by_scores, random_order
+from interp_jax.methods.node_diagnostics import (
+    MissedNodesResult,
+    VerificationResult,
+    bound_missed_nodes,
+    rank_correlation,
+    verify_top_nodes,
+)
+from interp_jax.methods.node_search import blocks, by_scores, hierarchical, random_order, subsampling
 from interp_jax.models.loading import load
 
 if TYPE_CHECKING:
@@ -72,9 +79,14 @@ class Config:
         pairs: Which prompt pairs; what is reported is a mean over them.
         sites: Names of the sites whose nodes are compared.
         position: Where in the prompt.
-        top_k: How many of the truly largest nodes must be found.
+        top_k: How many of the truly largest nodes must be found, and how many of its own each method has verified.
         missed_rank: From which rank on such a node counts as missed.
         max_k: The longest list of true nodes in the curve of cost against recall.
+        n_subsets: How many random subsets tell subsampling where to look, and what the verified nodes leave unseen.
+        probability: With which a node is in such a subset.
+        block_size: Nodes per block of the search by blocks.
+        n_children: Into how many parts the hierarchical search splits a group.
+        n_splits: Forward passes the hierarchical search spends before it verifies node by node.
     """
 
     model: str = "smollm2-135m"
@@ -84,6 +96,11 @@ class Config:
     top_k: int = 50
     missed_rank: int = 200
     max_k: int = 1000
+    n_subsets: int = 1024
+    probability: float = 0.01
+    block_size: int = 64
+    n_children: int = 8
+    n_splits: int = 2048
 
 
 SMOKE = Config(
@@ -93,6 +110,11 @@ SMOKE = Config(
     top_k=10,
     missed_rank=20,
     max_k=60,
+    n_subsets=64,
+    probability=0.2,
+    block_size=8,
+    n_children=4,
+    n_splits=40,
 )
 
 
@@ -107,6 +129,7 @@ class Comparison:
         spearman_of_sites: The same among the nodes of one name of site.
         found: How many of the true `top_k` are among the method's own.
         missed: The true `top_k` nodes that the method ranks beyond `missed_rank`, with true and estimated rank from 1.
+        verified: Its own `top_k` nodes, patched for real.
         curve: What it spends until it has the true top K.
         cost: What its scores cost, in forward passes per pair.
     """
@@ -117,6 +140,7 @@ class Comparison:
     spearman_of_sites: Mapping[str, float]
     found: int
     missed: tuple[tuple[str, int, int], ...]
+    verified: VerificationResult
     curve: CostRecallResult
     cost: float
 
@@ -135,16 +159,19 @@ class Result:
         prompts: The clean prompts.
         exact: The truth.
         methods: Each method against it.
-        brute_force: The curve of patching the nodes one by one, at random.
+        baselines: The curves of the searches that need no gradient, by name.
+        bound: How large the effect of a node can still be that AtP* does not have among its verified ones.
         top: The truly largest nodes, with their contribution.
-        seconds: How long the exact effects took, and the scores (AtP with and without the QK fix come with GradDrop).
+        seconds: How long the exact effects took, the scores (AtP with and without the QK fix come with GradDrop), and
+            the baselines, with the bound.
     """
 
     model: str
     prompts: tuple[str, ...]
     exact: PatchingResult
     methods: Mapping[str, Comparison]
-    brute_force: CostRecallResult
+    baselines: Mapping[str, CostRecallResult]
+    bound: MissedNodesResult
     top: tuple[tuple[str, float], ...]
     seconds: Mapping[str, float]
 
@@ -155,6 +182,7 @@ class Result:
                 f"{name:<13}{one.spearman:>9.3f}{one.found:>7}{len(one.missed):>8}{one.cost:>7.0f}"
                 f"{one.curve.score:>18.3g}"
             )
+        lines += [f"{name:<44}{curve.score:>18.3g}" for name, curve in self.baselines.items()]
         return "\n".join(lines)
 
 
@@ -207,14 +235,26 @@ def run(
         name: compare(config, exact, scores[name], name, cost=_BACKWARD_COST * backwards.get(name, 1))
         for name in METHODS
     }
-    chance = random_order(nodes.n_nodes, seed=config.pairs.seed)
+    start = time.perf_counter()
+    subsets = subset_patching(model, pairs.clean, pairs.corrupted, metric, nodes, rows_per_step=config.n_children)
+    baselines = search_without_gradients(config, exact, subsets)
+    bound = bound_missed_nodes(
+        subsets,
+        nodes.n_nodes,
+        n_subsets=config.n_subsets,
+        probability=config.probability,
+        seed=config.pairs.seed,
+        verified=methods["AtP*"].verified.nodes,
+    )
+    seconds["baselines"] = time.perf_counter() - start
     order = exact.nodes.order(exact.contribution)[: config.top_k]
     return Result(
         model=model.name or config.model,
         prompts=pairs.clean_texts,
         exact=exact,
         methods=methods,
-        brute_force=_curve(config, exact, chance.cost_of, chance.method),
+        baselines=baselines,
+        bound=bound,
         top=tuple((str(nodes[int(i)]), float(exact.contribution[i])) for i in order),
         seconds=seconds,
     )
@@ -251,9 +291,37 @@ def compare(config: Config, exact: PatchingResult, scores: np.ndarray, name: str
         },
         found=int((rank[top] <= config.top_k).sum()),
         missed=tuple(missed),
+        verified=verify_top_nodes(mean, lambda ids: exact.effects[:, ids], top_k=config.top_k),
         curve=_curve(config, exact, search.cost_of, name),
         cost=cost,
     )
+
+
+def search_without_gradients(
+    config: Config, exact: PatchingResult, subsets: SubsetPatching
+) -> dict[str, CostRecallResult]:
+    """The baselines: what searches spend that know nothing but the effects of sets of nodes.
+
+    Args:
+        config: How many sets they may patch.
+        exact: The exact effects.
+        subsets: What patching a set of nodes does.
+
+    Returns:
+        Their curves, by name.
+    """
+    n_nodes, seed = exact.nodes.n_nodes, config.pairs.seed
+
+    def contribution(masks: np.ndarray) -> np.ndarray:
+        return np.abs(subsets.per_pair(masks)).mean(0)
+
+    searches = (
+        subsampling(subsets, n_nodes, n_subsets=config.n_subsets, probability=config.probability, seed=seed),
+        blocks(contribution, n_nodes, block_size=config.block_size, seed=seed),
+        hierarchical(contribution, n_nodes, n_children=config.n_children, max_forwards=config.n_splits, seed=seed),
+        random_order(n_nodes, seed=seed),
+    )
+    return {search.method: _curve(config, exact, search.cost_of, search.method) for search in searches}
 
 
 def plot(result: Result) -> dict[str, Any]:
@@ -267,7 +335,7 @@ def plot(result: Result) -> dict[str, Any]:
     """
     title, nodes = result.model, result.exact.nodes
     estimates = {name: one.contribution for name, one in result.methods.items()}
-    curves = [*(one.curve for one in result.methods.values()), result.brute_force]
+    curves = [*(one.curve for one in result.methods.values()), *result.baselines.values()]
     figures: dict[str, Any] = {
         "scatter.png": scatter_figure(estimates, result.exact.contribution, nodes, title=title),
         "scatter.html": scatter_page(estimates, result.exact.contribution, nodes, title=title),

@@ -227,6 +227,7 @@ def hierarchical(
     n_children: int = 2,
     order: Any = None,
     seed: int = 0,
+    max_forwards: int | None = None,
 ) -> NodeSearchResult:
     """Split the group with the largest effect and patch its parts, again and again; single nodes are then verified.
 
@@ -237,13 +238,16 @@ def hierarchical(
         order: The nodes in the order in which they are cut into groups, a permutation of all ids: neighbours stay
             together longest. Random by default.
         seed: Of the random order.
+        max_forwards: Split no more after so many passes, and verify what is left node by node, the groups with the
+            largest effects first; by default the last group is split, too.
 
     Returns:
         The search. Patching all nodes costs n_nodes * n_children / (n_children - 1) at most if n_nodes is a power of
         n_children, and below 2 n_nodes for any other.
 
     Raises:
-        InvalidInputError: There is no node, `n_children` is below 2, or `order` is no permutation.
+        InvalidInputError: There is no node, `n_children` is below 2, `max_forwards` is negative, or `order` is no
+            permutation.
 
     Source: Kramár et al. 2403.00745.
     """
@@ -251,12 +255,15 @@ def hierarchical(
     _check_n_nodes(n_nodes, where)
     nodes = np.random.default_rng(seed).permutation(n_nodes) if order is None else np.asarray(order)
     is_permutation = nodes.shape == (n_nodes,) and np.array_equal(np.sort(nodes), np.arange(n_nodes))
-    if n_children < 2 or not is_permutation:
+    faults = [f"n_children={n_children}"] if n_children < 2 else []
+    faults += [f"max_forwards={max_forwards}"] if max_forwards is not None and max_forwards < 0 else []
+    faults += [] if is_permutation else ["an order that is no permutation"]
+    if faults:
         raise InvalidInputError(
             four_part(
-                f"n_children={n_children} was given" if n_children < 2 else "An order that is no permutation was given",
+                f"{', '.join(faults)} was given",
                 where=where,
-                expected=f"n_children from 2; as order each id from 0 to {n_nodes - 1} once.",
+                expected=f"n_children from 2; max_forwards from 0; as order each id from 0 to {n_nodes - 1} once.",
                 fix="use two children and a random order, which is the default.",
             )
         )
@@ -265,6 +272,12 @@ def hierarchical(
     queue = [(-np.inf, 0, n_nodes)]
     while queue:
         _, start, stop = heapq.heappop(queue)
+        if max_forwards is not None and cost >= max_forwards:
+            setup_cost = cost if setup_cost is None else setup_cost
+            found.extend(nodes[start:stop])
+            cost_of[nodes[start:stop]] = cost + 1 + np.arange(stop - start)
+            cost += stop - start
+            continue
         n_parts = min(n_children, stop - start)
         edges = [start + (stop - start) * i // n_parts for i in range(n_parts + 1)]
         parts = list(itertools.pairwise(edges))

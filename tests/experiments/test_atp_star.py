@@ -53,6 +53,24 @@ def test_ranks_found_and_missed_by_definition(result):
         assert list(one.missed) == expected
         # The last of the true top K is verified after all that rank above it.
         assert one.curve.costs[9] == one.cost + rank[top].max()
+        # What it would verify first is patched for real: the exact effects are that.
+        own = np.argsort(-mean, kind="stable")[: SMOKE.top_k]
+        np.testing.assert_array_equal(one.verified.nodes, own)
+        np.testing.assert_array_equal(one.verified.measured, truth[own])
+
+
+def test_baselines_spend_what_they_patch(tiny_llama, result):
+    n_nodes, truth = result.exact.nodes.n_nodes, np.abs(result.exact.effects).mean(0)
+    assert list(result.baselines) == ["subsampling", "blocks", "hierarchical", "random order"]
+    # Before the first node is found: 64 subsets, 18 blocks of 8 nodes, groups of at most 138 / 4.
+    first = {name: curve.costs[0] for name, curve in result.baselines.items()}
+    assert first["subsampling"] > 64 and first["blocks"] > 18 and first["hierarchical"] > 4
+    for curve in result.baselines.values():
+        np.testing.assert_allclose(truth[curve.nodes], np.sort(truth)[::-1][: SMOKE.max_k])
+        assert curve.score > max(one.curve.score for one in result.methods.values())
+    # No node that AtP* leaves unverified is larger than the bound that random subsets give, at 99 %.
+    assert len(result.bound.nodes) == n_nodes - SMOKE.top_k
+    assert truth[result.bound.nodes].max() < result.bound.bound(0.01) < np.inf
 
 
 def test_the_result_is_saved_with_its_figures(result, tmp_path):

@@ -118,6 +118,17 @@ def test_hierarchical_goes_down_where_the_effect_is():
     assert result.setup_cost == 4
 
 
+def test_hierarchical_stops_splitting_when_its_passes_are_spent():
+    patching = Patching([0, 0, 2, 0, 0, 9, 0, 1])
+    result = hierarchical(patching, 8, order=range(8), max_forwards=4)
+    # Four passes say that 4 and 5 matter most, then nodes 0 to 3, then 6 and 7; from there on it patches single nodes.
+    assert patching.groups == [(0, 1, 2, 3), (4, 5, 6, 7), (4, 5), (6, 7)]
+    assert result.order.tolist() == [4, 5, 0, 1, 2, 3, 6, 7]
+    assert result.cost_of[result.order].tolist() == [5, 6, 7, 8, 9, 10, 11, 12]
+    assert result.setup_cost == 4
+    assert hierarchical(patching, 8, order=range(7, -1, -1), max_forwards=0).order.tolist() == list(range(7, -1, -1))
+
+
 @pytest.mark.parametrize(
     ("n_nodes", "n_children"), [(1, 2), (8, 2), (9, 3), (16, 4), (64, 4), (16, 8), (7, 2), (10, 4), (5, 9)]
 )
@@ -150,6 +161,7 @@ ZERO = Patching(np.zeros(3))
         (lambda: blocks(ZERO, 3, labels=[1, 2]), ShapeError, r"shape \[2\]"),
         (lambda: blocks(lambda masks: masks, 3, block_size=1), ShapeError, r"bool\[3, 3\]"),
         (lambda: hierarchical(ZERO, 3, n_children=1), InvalidInputError, "n_children=1"),
+        (lambda: hierarchical(ZERO, 3, max_forwards=-1), InvalidInputError, "max_forwards=-1"),
         (lambda: hierarchical(ZERO, 3, order=[0, 0, 1]), InvalidInputError, "no permutation"),
     ],
     ids=lambda value: "call" if callable(value) else None,
