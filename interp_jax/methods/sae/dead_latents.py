@@ -1,0 +1,160 @@
+"""Latents that no longer fire: terms of the loss that bring them back.
+
+A term reads the pre-activations of the dead latents and the residual `e = y - y'` that the living ones leave, and
+lets the dead ones predict it. Its gradient reaches nothing but the dead latents' own weights.
+
+    GhostGrads   exp(pre) W_dec of the dead, scaled to half the residual's norm, against the residual
+    AuxK         the k_aux largest pre-activations of the dead, decoded, against the residual
+
+>>> e, dead = jnp.array([[2.0, 0.0]]), jnp.array([True])
+>>> direction = jnp.array([[jnp.cos(jnp.radians(50.0)), jnp.sin(jnp.radians(50.0))]])
+>>> def ghost(pre):
+...     return GhostGrads("dead_only_rescaled")(pre, direction, e, dead, jnp.zeros(()), jnp.float32)
+>>> round(float(jax.grad(ghost)(jnp.zeros((1, 1)))[0, 0]), 4)
+-0.5712
+
+Sharp edges: a footnote of a later report says half the norm of the input; the recipe and its code say of the
+residual, and so does this. With all latents dead (`n_first_steps`) ghost gradients cost half a step more.
+
+Source: Jermyn & Templeton, Anthropic's January 2024 update (ghost gradients); Gao et al. 2024 (AuxK).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from interp_jax.core.errors import InvalidInputError, UnknownNameError, four_part
+from interp_jax.methods.sae import parameters
+from interp_jax.methods.sae.sparse import sparse_matmul
+
+KINDS = ("original", "rescaled", "dead_only_rescaled")
+
+
+@dataclass(frozen=True)
+class GhostGrads:
+    """Ghost gradients.
+
+    Args:
+        kind: "original" (the term equals the reconstruction's error in size), "rescaled" (that times the share of dead
+            latents) or "dead_only_rescaled" (the share times the term itself).
+        is_capped: Whether the exponential is of `min(pre, 0)`.
+        n_first_steps: For so many steps every latent counts as dead.
+    """
+
+    kind: str = "original"
+    is_capped: bool = False
+    n_first_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UnknownNameError(
+                four_part(
+                    f"Unknown kind {self.kind!r}", where="GhostGrads", names=KINDS, given=self.kind, fix="use one."
+                )
+            )
+
+    def dead(self, is_dead: jax.Array, step: jax.Array) -> jax.Array:
+        """Which latents the term is about, `[latent]`."""
+        return is_dead | (step < self.n_first_steps)
+
+    def __call__(
+        self,
+        pre: jax.Array,
+        W_dec: jax.Array,
+        residual: jax.Array,
+        dead: jax.Array,
+        step: jax.Array,
+        dtype: jnp.dtype | type,
+    ) -> jax.Array:
+        """The term, a mean over the batch.
+
+        Args:
+            pre: Pre-activations, `[batch, latent]`.
+            W_dec: The decoder, `[latent, d_out]`.
+            residual: `[batch, d_out]`.
+            dead: Which latents, `[latent]`.
+            step: Number of the step.
+            dtype: What the product's factors are rounded to.
+
+        Returns:
+            A scalar; 0 where nothing is dead.
+        """
+        del step
+        residual, share = lax.stop_gradient(residual), dead.mean(dtype=jnp.float32)
+        exponents = jnp.where(dead[None], jnp.minimum(pre, 0.0) if self.is_capped else pre, -jnp.inf)
+        # The scale below cancels any factor of a row, so the exponential cannot overflow, nor all of it underflow.
+        largest = lax.stop_gradient(exponents.max(axis=-1, keepdims=True))
+        ghosts = jnp.exp(exponents - jnp.where(jnp.isfinite(largest), largest, 0.0))
+        written = parameters.matmul(ghosts, W_dec, dtype)
+        norms = jnp.linalg.norm(residual, axis=-1, keepdims=True)
+        scale = norms / (2 * jnp.linalg.norm(lax.stop_gradient(written), axis=-1, keepdims=True) + 1e-12)
+        errors = jnp.square(scale * written - residual).sum(axis=-1)
+        if self.kind != "dead_only_rescaled":
+            errors *= lax.stop_gradient(jnp.square(norms[:, 0]) / (errors + 1e-12))
+        factor = jnp.where(dead.any(), 1.0, 0.0) if self.kind == "original" else share
+        return factor * errors.mean()
+
+
+@dataclass(frozen=True)
+class AuxK:
+    """The residual's error when the largest of the dead latents predict it.
+
+    Args:
+        k: How many of them; None for half of d_out.
+        coefficient: What the term is multiplied by, in units of the residual's variance.
+    """
+
+    k: int | None = None
+    coefficient: float = 1 / 32
+
+    def __post_init__(self) -> None:
+        if self.k is not None and self.k < 1:
+            raise InvalidInputError(
+                four_part(f"k = {self.k} was given", where="AuxK", expected="at least 1.", fix="leave k out.")
+            )
+
+    def dead(self, is_dead: jax.Array, step: jax.Array) -> jax.Array:
+        """Which latents the term is about, `[latent]`."""
+        del step
+        return is_dead
+
+    def __call__(
+        self,
+        pre: jax.Array,
+        W_dec: jax.Array,
+        residual: jax.Array,
+        dead: jax.Array,
+        step: jax.Array,
+        dtype: jnp.dtype | type,
+    ) -> jax.Array:
+        """The term, a mean over the batch in units of the residual's variance.
+
+        Args:
+            pre: Pre-activations, `[batch, latent]`.
+            W_dec: The decoder, `[latent, d_out]`.
+            residual: `[batch, d_out]`.
+            dead: Which latents, `[latent]`.
+            step: Number of the step.
+            dtype: Not used: few rows are touched.
+
+        Returns:
+            A scalar; 0 where nothing is dead.
+        """
+        del step, dtype
+        residual, d_out = lax.stop_gradient(residual), W_dec.shape[1]
+        k = min(self.k or max(d_out // 2, 1), len(dead))
+        values, indices = lax.top_k(jnp.where(dead[None], pre, -jnp.inf), k)
+        # Fewer may be dead than k: the rest are at minus infinity.
+        written = sparse_matmul(jnp.where(values > 0, values, 0.0), indices, W_dec)
+        error = jnp.square(residual - written).sum(axis=-1).mean()
+        variance = jnp.square(residual - residual.mean(axis=0, keepdims=True)).sum(axis=-1).mean()
+        return jnp.where(
+            dead.any() & (variance > 0), self.coefficient * error / jnp.where(variance > 0, variance, 1.0), 0.0
+        )
+
+
+DeadTerm = GhostGrads | AuxK

@@ -1,0 +1,179 @@
+"""The JumpReLU SAE: a latent is its pre-activation where that passes the latent's own threshold, else 0.
+
+    f = pre * 1[pre > threshold],  threshold = exp(log_threshold)
+
+The step has no gradient; the threshold is trained by a kernel of width `bandwidth` around it (the gradient of the
+expected loss, estimated from the pre-activations near the threshold). Three penalties:
+
+- "l0": sum 1[pre > threshold], with the kernel's gradient to the threshold;
+- "tanh": sum tanh(tanh_scale * f * |W_dec row|), a smooth count;
+- "target_l0": (L0 / target_l0 - 1)^2, which steers L0 to the target from either side.
+
+>>> sorted(JumpReLU().init(jax.random.key(0), d_in=3, n_latents=5))
+['W_dec', 'W_enc', 'b_dec', 'b_enc', 'log_threshold']
+
+Sharp edges: threshold and bandwidth are in units of the activations: they mean something only together with the
+input's normalisation (the defaults, with E|x|^2 = 1). No pre-encoder bias by default, as in the paper.
+
+Source: Rajamanoharan et al. 2024 (2407.14435); Anthropic's January 2025 update for the tanh penalty.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+import jax
+import jax.numpy as jnp
+
+from interp_jax.core.errors import InvalidInputError, UnknownNameError, four_part
+from interp_jax.methods.sae import parameters
+from interp_jax.methods.sae.architecture import Architecture, TrainPass
+from interp_jax.methods.sae.parameters import Params
+
+PENALTIES = ("l0", "tanh", "target_l0")
+LOG_THRESHOLD_MAX = 60.0
+
+
+@final
+@dataclass(frozen=True)
+class JumpReLU(Architecture):
+    """Latents with a threshold each.
+
+    Args:
+        threshold: Where the thresholds begin, in units of the (normalised) activations.
+        bandwidth: Width of the kernel that estimates their gradients, in the same units.
+        penalty: "l0", "tanh" or "target_l0".
+        target_l0: The L0 that "target_l0" steers to.
+        tanh_scale: Steepness of "tanh".
+        is_centred: Whether `b_dec` is subtracted before encoding.
+    """
+
+    threshold: float = 1e-3
+    bandwidth: float = 1e-3
+    penalty: str = "l0"
+    target_l0: float = 20.0
+    tanh_scale: float = 4.0
+    is_centred: bool = False
+
+    name: ClassVar[str] = "jump_relu"
+
+    def __post_init__(self) -> None:
+        if self.penalty not in PENALTIES:
+            raise UnknownNameError(
+                four_part(
+                    f"Unknown penalty {self.penalty!r}",
+                    where="JumpReLU",
+                    names=PENALTIES,
+                    given=self.penalty,
+                    fix="use one of them.",
+                )
+            )
+        for field in ("threshold", "bandwidth", "target_l0", "tanh_scale"):
+            if not getattr(self, field) > 0:
+                raise InvalidInputError(
+                    four_part(
+                        f"{field} = {getattr(self, field)} was given",
+                        where="JumpReLU",
+                        expected="a number above 0.",
+                        fix=f"give a positive {field}.",
+                    )
+                )
+
+    def extra_params(self, n_latents: int) -> Params:
+        """The logarithms of the thresholds of `n_latents`."""
+        return {"log_threshold": jnp.full(n_latents, jnp.log(self.threshold), jnp.float32)}
+
+    def encode(self, params: Params, x: jax.Array) -> jax.Array:
+        """The pre-activations of `x` under `params` that pass their thresholds."""
+        pre = parameters.pre_activations(params, x, is_centred=self.is_centred)[0]
+        return jnp.where(pre > thresholds(params)[None], pre, 0.0)
+
+    def train_pass(self, params: Params, x: jax.Array, y: jax.Array, *, dtype: Any = jnp.float32) -> TrainPass:
+        """One batch of `params` from `x` to `y`, with factors of `dtype`; the penalty counts latents."""
+        pre, for_dead = parameters.pre_activations(params, x, is_centred=self.is_centred, dtype=dtype)
+        threshold = thresholds(params)
+        latents = jump_relu(pre, threshold, self.bandwidth)
+        return TrainPass(
+            pre_activations=for_dead,
+            latents=latents,
+            reconstruction=parameters.decode(params, latents, x, dtype=dtype),
+            penalty=self._penalty(params, pre, threshold, latents),
+            auxiliary=jnp.zeros(()),
+        )
+
+    def _penalty(self, params: Params, pre: jax.Array, threshold: jax.Array, latents: jax.Array) -> jax.Array:
+        if self.penalty == "tanh":
+            norms = jnp.linalg.norm(params["W_dec"], axis=-1)[None]
+            return jnp.tanh(self.tanh_scale * latents * norms).sum(axis=-1).mean()
+        # Of the pre-activations: latents are 0 below the threshold, where half of the kernel lies.
+        l0 = step(pre, threshold, self.bandwidth).sum(axis=-1).mean()
+        return l0 if self.penalty == "l0" else jnp.square(l0 / self.target_l0 - 1)
+
+    def scaled_biases(self, params: Params, factors: jax.Array) -> Params:
+        """The bias and thresholds in `params`, times `factors`."""
+        shift = jnp.log(jnp.asarray(factors, jnp.float32))
+        return super().scaled_biases(params, factors) | {"log_threshold": params["log_threshold"] + shift}
+
+
+def thresholds(params: Params) -> jax.Array:
+    """The latents' thresholds, `[latent]`, kept finite."""
+    return jnp.exp(jnp.minimum(params["log_threshold"], LOG_THRESHOLD_MAX))
+
+
+@jax.custom_vjp
+def step(pre: jax.Array, threshold: jax.Array, bandwidth: float) -> jax.Array:
+    """`1[pre > threshold]`, whose gradient to the threshold is `-kernel / bandwidth` and to `pre` none.
+
+    Args:
+        pre: `[batch, latent]`.
+        threshold: `[latent]`.
+        bandwidth: Width of the kernel, which is 1 where `|pre - threshold| < bandwidth / 2`.
+
+    Returns:
+        Zeros and ones.
+    """
+    del bandwidth
+    return (pre > threshold[None]).astype(pre.dtype)
+
+
+@jax.custom_vjp
+def jump_relu(pre: jax.Array, threshold: jax.Array, bandwidth: float) -> jax.Array:
+    """`pre * 1[pre > threshold]`, whose gradient to the threshold is `-threshold * kernel / bandwidth`.
+
+    Args:
+        pre: `[batch, latent]`.
+        threshold: `[latent]`.
+        bandwidth: Width of the kernel, which is 1 where `|pre - threshold| < bandwidth / 2`.
+
+    Returns:
+        The latents.
+    """
+    del bandwidth
+    return jnp.where(pre > threshold[None], pre, 0.0)
+
+
+def _kernel(pre: jax.Array, threshold: jax.Array, bandwidth: float) -> jax.Array:
+    return jnp.where(jnp.abs(pre - threshold[None]) < bandwidth / 2, 1 / bandwidth, 0.0)
+
+
+def _step_forward(pre: jax.Array, threshold: jax.Array, bandwidth: float) -> tuple[jax.Array, Any]:
+    return step(pre, threshold, bandwidth), (pre, threshold, bandwidth)
+
+
+def _step_backward(saved: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    return jnp.zeros_like(cotangent), -(cotangent * _kernel(*saved)).sum(axis=0), None
+
+
+def _jump_forward(pre: jax.Array, threshold: jax.Array, bandwidth: float) -> tuple[jax.Array, Any]:
+    return jump_relu(pre, threshold, bandwidth), (pre, threshold, bandwidth)
+
+
+def _jump_backward(saved: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    pre, threshold, _ = saved
+    to_threshold = -threshold * (cotangent * _kernel(*saved)).sum(axis=0)
+    return jnp.where(pre > threshold[None], cotangent, 0.0), to_threshold, None
+
+
+step.defvjp(_step_forward, _step_backward)
+jump_relu.defvjp(_jump_forward, _jump_backward)
