@@ -16,7 +16,8 @@ came after a wrong guess, so the result is that of one edge at a time.
 0.0
 
 Sharp edges: the comparison is strict, so a threshold of 0 keeps an edge without any effect; it has to be positive to
-prune dead edges. The result depends on the order of senders. One forward pass per edge: about 70 000 for SmolLM2.
+prune dead edges. The result depends on the order of senders. One forward pass per edge: about 70 000 for SmolLM2, so
+let EAP rank them first and `start` from those.
 
 Source: Conmy et al., Towards automated circuit discovery (2304.14997).
 """
@@ -31,14 +32,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 from tqdm import tqdm
 
 from interp_jax.core.errors import InvalidInputError, UnknownNameError, four_part
-from interp_jax.forward.metrics import Metric, finite, kl_divergence, metric_values, prepared
-from interp_jax.forward.nodes import check_pair
+from interp_jax.forward.metrics import Metric
 from interp_jax.methods.circuits.edge_model import EdgeModel, edge_model
 from interp_jax.methods.circuits.edge_passes import Mixing, checked_writes, run_edges
 from interp_jax.methods.circuits.graph import Circuit, EdgeGraph
+from interp_jax.methods.circuits.inputs import checked_pair, finite, metric_values, prepared
 from interp_jax.transforms.compilations import counted_jit
 
 if TYPE_CHECKING:
@@ -73,7 +75,7 @@ class ACDCResult:
         circuit: The edges kept.
         full: The metric of the whole model, mean over the batch.
         final: The metric of the circuit.
-        decisions: One per edge, in the order they were made.
+        decisions: One per edge that there was to begin with, in the order they were made.
         threshold: By how much the metric was allowed to rise per edge.
     """
 
@@ -91,6 +93,7 @@ def acdc(
     *,
     threshold: float,
     metric: Metric | None = None,
+    start: Circuit | None = None,
     order: str = "default",
     key: jax.Array | None = None,
     is_absolute: bool = False,
@@ -105,6 +108,8 @@ def acdc(
         threshold: How much the metric may rise when an edge is removed, in the metric's unit.
         metric: From logits to `[batch]` floats, lower is better; by default the divergence of the last position's
             prediction from the whole model's, in nats.
+        start: The circuit to begin with, such as the edges that EAP ranks first; all others are removed beforehand. By
+            default the whole model.
         order: Order of the senders of a receiver: "default" (first layers first), "reverse" or "random".
         key: PRNG key for the random order.
         is_absolute: Whether to compare the size of the change with the threshold, so that edges that work against
@@ -116,7 +121,8 @@ def acdc(
 
     Raises:
         ShapeError: Tokens of two lengths, or a metric that does not return one float per row.
-        InvalidInputError: A threshold or metric that is NaN, padding at different places, a random order without key.
+        InvalidInputError: A threshold or metric that is NaN, padding at different places, a random order without key,
+            a circuit of another model to start with.
         UnknownNameError: An unknown order.
         UnsupportedModelError: The model's residual stream is no sum of heads and MLPs.
 
@@ -124,14 +130,23 @@ def acdc(
     """
     _check_settings(threshold, order, key)
     model = edge_model(lm, where="acdc")
-    if is_silent := isinstance(corrupted, str) and corrupted == "zero":
-        clean = other = np.asarray(lm.check_tokens(tokens, where="acdc"))
+    if start is not None and start.graph != model.graph:
+        raise InvalidInputError(
+            four_part(
+                f"A circuit of {start.graph} was given as start",
+                where="acdc",
+                expected=f"a circuit of this model's graph, {model.graph}.",
+                fix="find the circuit on this model, or leave start out.",
+            )
+        )
+    if isinstance(corrupted, str) and corrupted == "zero":
+        clean = jnp.asarray(lm.check_tokens(tokens, where="acdc"))
+        writes = jnp.zeros_like(checked_writes(model, lm.params, clean, where="acdc"))
     else:
-        clean, other = check_pair(lm, tokens, corrupted, where="acdc")
-    metric = prepared(kl_divergence(lm(clean)) if metric is None else metric, lm, clean, where="acdc")
-    writes = checked_writes(model, lm.params, other, where="acdc")
-    if is_silent:
-        writes = jnp.zeros_like(writes)
+        clean, other = checked_pair(lm, tokens, corrupted, where="acdc")
+        writes = checked_writes(model, lm.params, other, where="acdc")
+    metric = kl_divergence(lm(clean)) if metric is None else metric
+    metric = prepared(metric, model.config, clean, where="acdc")
     n_passes = _passes_that_fit(writes.nbytes)
 
     def evaluate(masks: np.ndarray) -> np.ndarray:
@@ -139,11 +154,12 @@ def acdc(
         values = _metric_of_masks(model, lm.params, clean, writes, filled, metric)
         return finite(values, where="acdc")[: len(masks)]
 
-    search = _Search(model.graph, evaluate, n_passes, threshold, is_absolute)
+    is_kept = model.graph.is_edge if start is None else start.is_kept
+    search = _Search(model.graph, evaluate, n_passes, threshold, is_absolute, is_kept)
     hidden = None if progress else True
-    with tqdm(total=model.graph.n_edges, desc="acdc", unit="edge", disable=hidden, leave=False) as bar:
+    with tqdm(total=int(is_kept.sum()), desc="acdc", unit="edge", disable=hidden, leave=False) as bar:
         for receiver in reversed(range(model.graph.shape[1])):
-            for decision in search.visit(receiver, _ordered(model.graph, receiver, order, key)):
+            for decision in search.visit(receiver, _ordered(is_kept, receiver, order, key)):
                 search.decisions.append(decision)
                 bar.update()
     final = float(evaluate(search.is_removed[None])[0])
@@ -160,13 +176,17 @@ class _Search:
         n_passes: How many passes a step has.
         threshold: How much the metric may rise.
         is_absolute: Whether the size of the change counts.
+        is_kept: The edges to begin with, `[sender, receiver]`.
     """
 
-    def __init__(self, graph: EdgeGraph, evaluate: Any, n_passes: int, threshold: float, is_absolute: bool):
+    def __init__(
+        self, graph: EdgeGraph, evaluate: Any, n_passes: int, threshold: float, is_absolute: bool, is_kept: np.ndarray
+    ):
         self._graph, self._evaluate, self._n_passes = graph, evaluate, n_passes
         self._threshold, self._is_absolute = threshold, is_absolute
-        self.is_removed = np.zeros(graph.shape, bool)
-        self.full = self.metric = float(evaluate(self.is_removed[None])[0])
+        self.is_removed = graph.is_edge & ~is_kept
+        self.full = float(evaluate(np.zeros((1, *graph.shape), bool))[0])
+        self.metric = float(evaluate(self.is_removed[None])[0])
         self.decisions: list[Decision] = []
         self._last_removed = True
 
@@ -197,6 +217,26 @@ class _Search:
                     break
 
 
+def kl_divergence(logits: Any, *, position: int = -1) -> Partial:
+    """The metric KL(reference prediction || prediction) at one position, in nats.
+
+    sum over tokens of p (log p - log q), p of the reference logits
+
+    Args:
+        logits: The reference's logits, `[batch, pos, d_vocab]`, such as `lm(tokens)`.
+        position: Which position's prediction; negative counts from the end.
+
+    Returns:
+        A function from logits to `[batch]`; never negative but for rounding.
+    """
+    return Partial(_divergence, jax.nn.log_softmax(jnp.asarray(logits)[:, position].astype(jnp.float32)), position)
+
+
+def _divergence(reference: jax.Array, position: Any, logits: jax.Array) -> jax.Array:
+    own = jax.nn.log_softmax(logits[:, position].astype(jnp.float32))
+    return jnp.sum(jnp.exp(reference) * (reference - own), axis=-1)
+
+
 def _value(model: EdgeModel, params: Any, tokens: Any, writes: jax.Array, masks: Any, metric: Any) -> jax.Array:
     def one(mask: jax.Array) -> jax.Array:
         logits = run_edges(model, params, tokens, Mixing(mask, writes))
@@ -216,8 +256,8 @@ def _passes_that_fit(n_bytes: int) -> int:
     return passes
 
 
-def _ordered(graph: EdgeGraph, receiver: int, order: str, key: jax.Array | None) -> list[int]:
-    senders = np.flatnonzero(graph.is_edge[:, receiver])
+def _ordered(is_kept: np.ndarray, receiver: int, order: str, key: jax.Array | None) -> list[int]:
+    senders = np.flatnonzero(is_kept[:, receiver])
     if order == "random":
         assert key is not None
         senders = np.asarray(jax.random.permutation(jax.random.fold_in(key, receiver), senders))

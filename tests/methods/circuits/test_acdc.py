@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from interp_jax.core.errors import InvalidInputError, UnknownNameError
-from interp_jax.forward.metrics import kl_divergence, logit_difference
+from interp_jax.forward.metrics import logit_difference
 from interp_jax.methods.circuits import acdc as module
-from interp_jax.methods.circuits.acdc import acdc
+from interp_jax.methods.circuits.acdc import acdc, kl_divergence
 from interp_jax.methods.circuits.edge_passes import patched_edges, sender_writes
+from interp_jax.methods.circuits.graph import Circuit, EdgeGraph
 from interp_jax.transforms.compilations import count_compilations
 from tests.methods.circuits.induction import CIRCUIT, CLEAN, CORRUPTED, induction_model
 from tests.methods.circuits.toys import toy
@@ -26,16 +27,16 @@ def lm(rng):
     return toy(rng)
 
 
-def one_at_a_time(lm, pair, threshold, metric, order):
+def one_at_a_time(lm, pair, threshold, metric, order, start=None):
     """ACDC as it is written down: one pass per edge."""
     writes, tokens = sender_writes(lm, pair[1]), pair[0]
     value = jax.jit(lambda mask, metric: metric(patched_edges(lm, lm.params, tokens, writes, mask)).mean())
     graph = module.edge_model(lm, where="").graph
-    mask = np.zeros(graph.shape, np.float32)
+    mask = np.zeros(graph.shape, np.float32) if start is None else start.mask
     current = float(value(mask, metric))
     for v in reversed(range(graph.shape[1])):
         listeners = (graph.is_edge & (mask == 0))[graph.feeds[v]]
-        for u in np.flatnonzero(graph.is_edge[:, v])[:: -1 if order == "reverse" else 1]:
+        for u in np.flatnonzero((graph.is_edge & (mask == 0))[:, v])[:: -1 if order == "reverse" else 1]:
             if v < graph.shape[1] - 1 and not listeners.any():
                 mask[u, v] = 1
                 continue
@@ -60,6 +61,20 @@ def test_decisions_are_those_made_one_at_a_time(lm, pair, order):
     assert result.final - result.full < threshold * len(removed)
     assert sum(decision.change for decision in removed) == pytest.approx(result.final - result.full, abs=1e-5)
     assert result.full == pytest.approx(0, abs=1e-6)
+
+
+def test_a_circuit_to_start_with_is_all_there_is(lm, pair, rng):
+    metric = kl_divergence(lm(pair[0]))
+    graph = module.edge_model(lm, where="").graph
+    start = Circuit(graph, graph.is_edge & (rng.random(graph.shape) < 0.7))
+    threshold = float(metric(lm(pair[1])).mean()) / 100
+    result = find(lm, pair, threshold, start=start)
+    np.testing.assert_array_equal(result.circuit.is_kept, one_at_a_time(lm, pair, threshold, metric, "default", start))
+    assert len(result.decisions) == start.n_edges
+    # The whole model is still what it is compared with.
+    assert result.full == pytest.approx(0, abs=1e-6)
+    everything = find(lm, pair, threshold, start=Circuit(graph, graph.is_edge)).circuit
+    np.testing.assert_array_equal(everything.is_kept, find(lm, pair, threshold).circuit.is_kept)
 
 
 def test_thresholds_of_all_and_nothing(lm, pair):
@@ -163,11 +178,22 @@ def test_silence_instead_of_another_prompt():
     assert all("head1" not in name for edge in result.circuit.edges for name in edge)
 
 
+def test_the_divergence_is_that_of_the_definition(rng):
+    p, q = (rng.normal(size=(2, 3, 5)) for _ in range(2))
+    probabilities = [np.exp(x[:, 1]) / np.exp(x[:, 1]).sum(-1, keepdims=True) for x in (p, q)]
+    expected = (probabilities[0] * np.log(probabilities[0] / probabilities[1])).sum(-1)
+    actual = kl_divergence(jnp.asarray(p, jnp.float32), position=1)(jnp.asarray(q, jnp.float32))
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
+
+
 def test_mistakes_are_named(lm, pair):
     with pytest.raises(UnknownNameError, match=r"Unknown order 'reversed'[\s\S]*Did you mean 'reverse'"):
         find(lm, pair, 0.1, order="reversed")
     for threshold, options in ((np.nan, {}), (0.1, {"order": "random"}), (0.1, {"key": jax.random.key(0)})):
         with pytest.raises(InvalidInputError, match=r"threshold=[\s\S]*was given in acdc[\s\S]*Fix:"):
             find(lm, pair, threshold, **options)
+    start = Circuit(EdgeGraph(n_layers=1, n_heads=1, n_kv_heads=1), np.zeros((3, 5), bool))
+    with pytest.raises(InvalidInputError, match=r"A circuit of [\s\S]* was given as start in acdc[\s\S]*Fix:"):
+        find(lm, pair, 0.1, start=start)
     with pytest.raises(InvalidInputError, match=r"7 \(int\) was given as the metric in acdc"):
         find(lm, pair, 0.1, metric=7)
