@@ -26,7 +26,7 @@ import numpy as np
 from interp_jax.core.errors import InvalidInputError, ShapeError, four_part
 from interp_jax.figures.grid_page import BODY, SCRIPT, STYLE
 from interp_jax.figures.page import escape, html_page
-from interp_jax.figures.plotting import INK, QUIET, SERIES, drawable, drawing
+from interp_jax.figures.plotting import INK, QUIET, add_heading, drawable, drawing, signed_colours
 from interp_jax.figures.token_text import shorten_text
 from interp_jax.forward.nodes import NEURONS
 
@@ -167,27 +167,13 @@ def patching_figure(
             _draw_map(figure.add_axes(box), one, n_labels)
             left += across + gap
         heading = _heading(result) + (f": {title}" if title else "")
-        figure.text(
-            0.75 / width,
-            1 - 0.36 / height,
-            drawable(heading),
-            fontsize=13,
-            fontweight="bold",
-            color=INK,
-            parse_math=False,
-        )
-        for line, text in enumerate(_caption(result, metric)):
-            y = 1 - (0.62 + 0.2 * line) / height
-            figure.text(0.75 / width, y, drawable(text), fontsize=9, color=QUIET, parse_math=False)
+        add_heading(figure, heading, *_caption(result, metric), left_inches=0.75)
     return figure
 
 
 def _draw_map(axes: Axes, one: EffectMap, n_labels: int) -> None:
-    from matplotlib.colors import LinearSegmentedColormap
-
     limit = float(np.nanmax(np.abs(one.values), initial=0.0)) or 1.0
-    colours = LinearSegmentedColormap.from_list("signed", (SERIES[1], "#f5f7fa", SERIES[0]))
-    axes.pcolormesh(one.values, cmap=colours, vmin=-limit, vmax=limit, edgecolors="white", linewidth=0.6)
+    axes.pcolormesh(one.values, cmap=signed_colours(), vmin=-limit, vmax=limit, edgecolors="white", linewidth=0.6)
     order = np.argsort(-np.nan_to_num(np.abs(one.values)), axis=None, kind="stable")[:n_labels]
     for row, column in zip(*np.unravel_index(order, one.values.shape), strict=True):
         value = one.values[row, column]

@@ -29,7 +29,7 @@ import numpy as np
 from interp_jax.core.errors import InvalidInputError, ShapeError, four_part
 from interp_jax.figures.circuit_page import BODY, SCRIPT, STYLE
 from interp_jax.figures.page import escape, html_page
-from interp_jax.figures.plotting import INK, LINE, QUIET, SERIES, drawable, drawing
+from interp_jax.figures.plotting import INK, LINE, QUIET, SERIES, add_heading, drawing
 from interp_jax.methods.circuits.graph import Circuit, Node
 
 if TYPE_CHECKING:
@@ -173,9 +173,7 @@ def circuit_figure(circuit: Circuit, scores: Any = None, *, title: str = "", n_d
         axes.set_ylim(-0.6, n_rows - 0.4)
         axes.set_axis_off()
         heading = "Circuit" + (f": {title}" if title else "")
-        left, top = 0.3 / width, 1 - 0.36 / height
-        figure.text(left, top, drawable(heading), fontsize=13, fontweight="bold", color=INK, parse_math=False)
-        figure.text(left, 1 - 0.62 / height, _caption(circuit, scores, n_drawn), fontsize=9, color=QUIET)
+        add_heading(figure, heading, _caption(circuit, scores, n_drawn), left_inches=0.3)
     return figure
 
 
@@ -270,5 +268,5 @@ def faithfulness_figure(result: FaithfulnessResult, *, title: str = "") -> Figur
         axes.set_xlabel("edges in the circuit", fontsize=9, color=QUIET)
         axes.set_ylabel("faithfulness", fontsize=9, color=QUIET)
         heading = "Faithfulness" + (f": {title}" if title else "")
-        figure.text(0.11, 0.91, drawable(heading), fontsize=13, fontweight="bold", color=INK, parse_math=False)
+        add_heading(figure, heading, left_inches=0.7)
     return figure

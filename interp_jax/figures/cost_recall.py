@@ -25,7 +25,7 @@ import numpy as np
 from interp_jax.core.errors import InvalidInputError, four_part
 from interp_jax.figures.cost_page import BODY, SCRIPT, STYLE
 from interp_jax.figures.page import escape, html_page
-from interp_jax.figures.plotting import INK, LINE, QUIET, SERIES, drawable, drawing
+from interp_jax.figures.plotting import INK, LINE, QUIET, SERIES, add_heading, drawable, drawing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -103,9 +103,8 @@ def cost_figure(results: Sequence[CostRecallResult], *, title: str = "") -> Figu
         for text in legend.get_texts():
             text.set_parse_math(False)
         heading = "Cost against recall" + (f": {title}" if title else "")
-        figure.text(0.1, 0.93, drawable(heading), fontsize=13, fontweight="bold", color=INK, parse_math=False)
         caption = "In brackets: how many times the oracle's cost, a geometric mean in which each K weighs 1/K."
-        figure.text(0.1, 0.875, caption, fontsize=9, color=QUIET)
+        add_heading(figure, heading, caption, left_inches=0.84)
     return figure
 
 

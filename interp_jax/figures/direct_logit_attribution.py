@@ -23,7 +23,7 @@ import numpy as np
 from interp_jax.core.errors import InvalidInputError, four_part
 from interp_jax.figures.grid_page import BODY, SCRIPT, STYLE
 from interp_jax.figures.page import escape, html_page
-from interp_jax.figures.plotting import INK, LINE, QUIET, SERIES, drawable, drawing
+from interp_jax.figures.plotting import INK, LINE, QUIET, SERIES, add_bar_legend, add_heading, drawing, signed_colours
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,7 +100,8 @@ def attribution_figure(
     n_heads = 0 if result.heads is None else result.heads.shape[1]
     width, bars, cells = max(7.5, 1.6 + 0.3 * len(columns)), 3.0, 0.22 * n_heads
     height = 1.8 + bars + (1.0 + cells if n_heads else 0)
-    left, across = 0.9 / width, 1 - 1.3 / width
+    edge = 0.9
+    left, across = edge / width, 1 - 1.3 / width
     with drawing(width, height) as figure:
         axes = figure.add_axes((left, 1 - (1.2 + bars) / height, across, bars / height))
         _draw_bars(axes, columns, series, n_labels)
@@ -109,23 +110,8 @@ def attribution_figure(
             _draw_heads(below, result, row, n_labels)
         heading = "Direct logit attribution" + (f": {title}" if title else "")
         caption = f"What each write adds to {metric} ({_last(result.total[row]):.2f} in all)."
-        figure.text(
-            left, 1 - 0.36 / height, drawable(heading), fontsize=13, fontweight="bold", color=INK, parse_math=False
-        )
-        figure.text(left, 1 - 0.64 / height, drawable(caption), fontsize=9, color=QUIET, parse_math=False)
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(
-            handles,
-            labels,
-            loc="upper left",
-            bbox_to_anchor=(left - 0.06 / width, 1 - 0.74 / height),
-            ncols=len(labels),
-            frameon=False,
-            fontsize=9,
-            handlelength=0.9,
-            handleheight=0.9,
-            labelcolor=INK,
-        )
+        add_heading(figure, heading, caption, left_inches=edge)
+        add_bar_legend(figure, axes, left_inches=edge)
     return figure
 
 
@@ -168,13 +154,10 @@ def _draw_bars(axes: Axes, columns: list[str], series: dict[str, list[float | No
 
 def _draw_heads(axes: Axes, result: DirectLogitAttributionResult, row: int, n_labels: int) -> QuadMesh:
     """A map with one column per layer and one row per head."""
-    from matplotlib.colors import LinearSegmentedColormap
-
     assert result.heads is not None
     values = np.array([[_last(head[row]) for head in layer] for layer in result.heads]).T
     limit = float(np.abs(values).max()) or 1.0
-    colours = LinearSegmentedColormap.from_list("signed", (SERIES[1], "#f5f7fa", SERIES[0]))
-    mesh = axes.pcolormesh(values, cmap=colours, vmin=-limit, vmax=limit, edgecolors="white", linewidth=0.8)
+    mesh = axes.pcolormesh(values, cmap=signed_colours(), vmin=-limit, vmax=limit, edgecolors="white", linewidth=0.8)
     for layer, head, value in result.strongest_heads(n_labels, row=row):
         axes.text(
             result.layers.index(layer) + 0.5,

@@ -25,7 +25,7 @@ import numpy as np
 
 from interp_jax.core.errors import InvalidInputError, ShapeError, four_part
 from interp_jax.figures.page import escape, html_page
-from interp_jax.figures.plotting import INK, LINE, QUIET, SERIES, drawable, drawing
+from interp_jax.figures.plotting import INK, LINE, QUIET, SERIES, add_heading, drawable, drawing
 from interp_jax.methods.node_diagnostics import rank_correlation
 
 if TYPE_CHECKING:
@@ -153,17 +153,8 @@ def scatter_figure(estimates: Mapping[str, Any], exact: Any, nodes: NodeSet, *, 
                 handle.set_alpha(1.0)
                 handle.set_sizes([22])  # type: ignore[attr-defined]  # points of a scatter
         heading = "Estimates against exact patching" + (f": {title}" if title else "")
-        figure.text(
-            0.8 / width,
-            1 - 0.36 / height,
-            drawable(heading),
-            fontsize=13,
-            fontweight="bold",
-            color=INK,
-            parse_math=False,
-        )
         caption = f"Contributions of {len(nodes)} nodes; on the line the estimate is right."
-        figure.text(0.8 / width, 1 - 0.64 / height, caption, fontsize=9, color=QUIET)
+        add_heading(figure, heading, caption, left_inches=0.8)
     return figure
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from interp_jax.core.errors import InvalidInputError, four_part
 from interp_jax.figures.effects_page import BODY, SCRIPT, STYLE
 from interp_jax.figures.page import escape, html_page
-from interp_jax.figures.plotting import INK, LINE, QUIET, SERIES, drawable, drawing
+from interp_jax.figures.plotting import INK, LINE, QUIET, SERIES, add_bar_legend, add_heading, drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,30 +109,16 @@ def effects_figure(
     layers, series = effects_by_name(result, row=row)
     heading = "Layer effects" + (f": {title}" if title else "")
     width, height = max(7.5, 1.8 + 0.32 * len(layers) * max(1.0, len(series) / 2)), 4.6
-    left, right, bottom, top = 0.85 / width, 1 - 0.3 / width, 0.62 / height, 1 - 1.12 / height
+    edge = 0.85
+    left, right, bottom, top = edge / width, 1 - 0.3 / width, 0.62 / height, 1 - 1.12 / height
     with drawing(width, height) as figure:
         axes = figure.add_axes((left, bottom, right - left, top - bottom))
         _draw_bars(axes, layers, series, n_labels)
-        figure.text(
-            left, 1 - 0.36 / height, drawable(heading), fontsize=13, fontweight="bold", color=INK, parse_math=False
-        )
         caption = (
             f"Change of {metric} (clean: {result.clean[row]:.2f}) when one write to the residual stream is zeroed."
         )
-        figure.text(left, 1 - 0.64 / height, drawable(caption), fontsize=9, color=QUIET, parse_math=False)
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(
-            handles,
-            labels,
-            loc="upper left",
-            bbox_to_anchor=(left - 0.06 / width, 1 - 0.74 / height),
-            ncols=len(labels),
-            frameon=False,
-            fontsize=9,
-            handlelength=0.9,
-            handleheight=0.9,
-            labelcolor=INK,
-        )
+        add_heading(figure, heading, caption, left_inches=edge)
+        add_bar_legend(figure, axes, left_inches=edge)
     return figure
 
 

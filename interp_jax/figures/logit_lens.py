@@ -27,7 +27,7 @@ import numpy as np
 from interp_jax.core.errors import InvalidInputError, four_part
 from interp_jax.figures.lens_page import BODY, SCRIPT, STYLE
 from interp_jax.figures.page import escape, html_page
-from interp_jax.figures.plotting import INK, QUIET, drawable, drawing
+from interp_jax.figures.plotting import INK, QUIET, add_heading, drawable, drawing
 from interp_jax.figures.token_text import shorten_text, token_texts
 
 if TYPE_CHECKING:
@@ -145,10 +145,7 @@ def lens_figure(
         axes = figure.add_axes((left, bottom, right - left, top - bottom))
         shades = _draw_cells(axes, cells, first)
         _draw_labels(axes, cells, first)
-        figure.text(
-            left, 1 - 0.36 / height, drawable(heading), fontsize=13, fontweight="bold", color=INK, parse_math=False
-        )
-        figure.text(left, 1 - 0.64 / height, caption, fontsize=9, color=QUIET)
+        add_heading(figure, heading, caption, left_inches=1.25)
         bar = figure.add_axes((right + 0.2 / width, bottom, 0.14 / width, top - bottom))
         figure.colorbar(shades, cax=bar).set_label("probability of the token shown", fontsize=8.5, color=QUIET)
         bar.tick_params(labelsize=8, length=2, colors=QUIET)

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 INK, QUIET, LINE = "#17202b", "#5c6b7c", "#dde3ea"
@@ -58,6 +60,54 @@ def drawing(width_inches: float, height_inches: float) -> Iterator[Figure]:
     # Text takes its fonts when it is made, so the setting need not outlive the drawing.
     with matplotlib.rc_context({"font.family": list(fonts()), "axes.unicode_minus": True}):
         yield Figure(figsize=(width_inches, height_inches), dpi=160, facecolor="white")
+
+
+def add_heading(figure: Figure, heading: str, *captions: str, left_inches: float) -> None:
+    """Write a heading and the lines below it at the top of a figure.
+
+    Args:
+        figure: The figure.
+        heading: The heading.
+        *captions: The lines; room for two is 1.3 inches with the heading.
+        left_inches: How far from the left edge they begin.
+    """
+    width, height = figure.get_size_inches()
+    left = left_inches / width
+    figure.text(left, 1 - 0.36 / height, drawable(heading), fontsize=13, fontweight="bold", color=INK, parse_math=False)
+    for line, text in enumerate(captions):
+        y = 1 - (0.64 + 0.2 * line) / height
+        figure.text(left, y, drawable(text), fontsize=9, color=QUIET, parse_math=False)
+
+
+def add_bar_legend(figure: Figure, axes: Axes, *, left_inches: float) -> None:
+    """Name the colours of bars in one row, under a heading with one caption.
+
+    Args:
+        figure: The figure.
+        axes: Where the bars are, with their labels.
+        left_inches: How far from the left edge the heading begins.
+    """
+    width, height = figure.get_size_inches()
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        loc="upper left",
+        bbox_to_anchor=((left_inches - 0.06) / width, 1 - 0.74 / height),
+        ncols=len(labels),
+        frameon=False,
+        fontsize=9,
+        handlelength=0.9,
+        handleheight=0.9,
+        labelcolor=INK,
+    )
+
+
+def signed_colours() -> Colormap:
+    """The colours of numbers below and above zero, which is nearly white."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("signed", (SERIES[1], "#f5f7fa", SERIES[0]))
 
 
 @functools.lru_cache(maxsize=1)
