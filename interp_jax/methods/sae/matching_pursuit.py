@@ -7,8 +7,8 @@ gradient; the coefficients have.
 
 >>> variant = MatchingPursuit(k=3, is_nonneg=False)
 >>> params = {"W_dec": jnp.array([[1.0, 0.0], [0.6, 0.8]]), "b_dec": jnp.zeros(2)}
->>> print(variant.encode(params, jnp.ones((1, 2))))
-[[0.16  1.304]]
+>>> [f"{value:.3f}" for value in variant.encode(params, jnp.ones((1, 2)))[0]]
+['0.160', '1.304']
 
 Sharp edges: decoder rows must have norm 1, or a step overshoots. With `is_nonneg=False` latents may be below 0,
 and what counts latents as "fired" counts those above 0 only.
