@@ -207,27 +207,21 @@ def _table_rows(path: Path, key: str) -> Iterator[str]:
 
 
 def _saved_rows(folder: Path, key: str) -> Iterator[str]:
-    """The rows of a data set as `save_to_disk` leaves it: Arrow streams, and perhaps which rows of them, in order."""
+    """The rows of a data set as `save_to_disk` leaves it: Arrow streams, in the order its state says."""
     state = _json(folder / _STATE)
     files = [folder / entry["filename"] for entry in state["_data_files"]]
     missing = [path.name for path in files if not path.is_file()]
     if missing:
         raise _damaged(f"A data set without {', '.join(missing)}", str(folder))
-    picked = state.get("_indices_data_files")
-    if not picked:
-        for path in files:
-            yield from _table_rows(path, key)
-        return
-    pyarrow = _pyarrow()
-    tables = [pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all() for path in files]
-    for path, table in zip(files, tables, strict=True):
-        _check_column(table.schema, key, str(path))
-    column = pyarrow.concat_tables(table.select([key]) for table in tables).column(0)
-    for entry in picked:
-        indices = pyarrow.ipc.open_stream(pyarrow.memory_map(str(folder / entry["filename"]))).read_all()
-        for chunk in indices.column(0).chunks:
-            for start in range(0, len(chunk), 1000):
-                yield from (text or "" for text in column.take(chunk.slice(start, 1000)).to_pylist())
+    if state.get("_indices_data_files"):
+        raise _damaged(
+            "A data set saved together with a selection of its rows",
+            str(folder),
+            expected="rows as they are, which is how `datasets` has saved them since its version 2.",
+            fix="load it with `datasets` and save it again.",
+        )
+    for path in files:
+        yield from _table_rows(path, key)
 
 
 def _arrow_stream(pyarrow: Any, file: Any) -> Any:
@@ -317,7 +311,11 @@ def _no_column(key: str, names: Sequence[str], where: str) -> UnknownNameError:
     )
 
 
-def _damaged(what: str, where: str, *, expected: str = "a complete file as its writer left it.") -> LoadError:
-    return LoadError(
-        four_part(what, where=where, expected=expected, fix="write or download it again, or leave it out.")
-    )
+def _damaged(
+    what: str,
+    where: str,
+    *,
+    expected: str = "a complete file as its writer left it.",
+    fix: str = "write or download it again, or leave it out.",
+) -> LoadError:
+    return LoadError(four_part(what, where=where, expected=expected, fix=fix))
