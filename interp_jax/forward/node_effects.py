@@ -38,12 +38,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 from tqdm import tqdm
 
 from interp_jax.core.errors import InvalidInputError, ShapeError, four_part
 from interp_jax.core.sites import Site
-from interp_jax.forward.metrics import Metric, check_metric_value, column_read
+from interp_jax.forward.metrics import Metric, column_read, finite, metric_values, prepared
 from interp_jax.forward.nodes import NodeGroup, NodeSet
 from interp_jax.models import passes
 from interp_jax.models.upstream import Upstream
@@ -51,6 +50,8 @@ from interp_jax.transforms.compilations import counted_jit
 from interp_jax.transforms.running_pass import RunningPass, run
 
 if TYPE_CHECKING:
+    from jax.tree_util import Partial
+
     from interp_jax.models.language_model import LanguageModel
 
 # What the widest value of the rows that run side by side may take. More rows than some hundred make nothing faster.
@@ -110,14 +111,16 @@ def node_effects(
 
     Raises:
         ShapeError: The metric does not return one float per row of the batch, or `done` is not of these nodes.
-        InvalidInputError: The metric is NaN on the plain pass, or `rows_per_step` is not positive.
+        InvalidInputError: The metric reads a token or a position that is not there, or is NaN on the plain pass, or
+            `rows_per_step` is not positive.
     """
+    metric = prepared(metric, lm, tokens, where="node_effects")
     effects = _blank(done, (len(tokens), nodes.n_nodes))
     if rows_per_step is not None and rows_per_step < 1:
         raise _refuse(f"rows_per_step={rows_per_step} was given", "a positive number.", "choose 1 or more.")
     names = [group.name for group in nodes.groups]
     cut = cut_pass(lm, tokens, metric, first_position(tokens, nodes, source), names=names)
-    new = _new_values(lm, source, metric, cut, nodes.sites)
+    new = _new_values(lm, source, cut.start, nodes.sites)
     by_site = {site: (group, ids) for group, ids in nodes.with_ids() for site in group.sites}
     plain: np.ndarray | None = None
     stops = names if cut.until is None else [*names, cut.until]
@@ -166,46 +169,53 @@ def plain_metric(lm: LanguageModel, tokens: np.ndarray, metric: Metric) -> np.nd
     Returns:
         The metric.
     """
-    return np.asarray(_checked(metric, lm(tokens)))
+    return np.asarray(metric_values(metric, lm(tokens), where="plain_metric"))
 
 
 def cut_pass(
-    lm: LanguageModel, tokens: np.ndarray, metric: Metric, start: int = 0, *, names: Sequence[str] = ()
+    lm: LanguageModel, tokens: np.ndarray, metric: Partial, start: int = 0, *, names: Sequence[str] = ()
 ) -> Cut:
     """The part of a pass that a metric needs: the positions from `start`, and the logits it reads.
 
     Args:
         lm: The model.
         tokens: Prompts, `[batch, pos]`.
-        metric: A function from logits to `[batch]`.
+        metric: A metric that `prepared` let pass.
         start: The first position of interest; those before are read into a cache, if the model has one.
         names: Names of the sites of interest.
 
     Returns:
         The pass.
     """
-    upstream, n_pos = lm.upstream, tokens.shape[1]
+    n_pos = tokens.shape[1]
     column = column_read(metric, n_pos)
-    if column is None or upstream.step is None or upstream.init_cache is None:
-        start = 0
-    else:
-        start = min(start, column[0])
-    last, until = n_pos - 1, None
-    if column is not None:
-        last = column[0]
-    if column is not None and upstream.unembed is not None and "ln_final" not in names:
-        until = LN_FINAL if LN_FINAL in lm.sites(tokens).sites else None
-    if column is None or until is None:
-        of_ends = functools.partial(_of_logits, metric=metric if isinstance(metric, Partial) else Partial(metric))
-        start = 0
-    else:
-        of_ends = functools.partial(_of_columns, upstream, column=np.int32(last - start), metric=column[1])
-    if start == 0:
-        return Cut(lm.forward, (lm.params, tokens), 0, last, until, of_ends)
-    assert upstream.step is not None and upstream.init_cache is not None
-    cache = upstream.init_cache(len(tokens), n_pos)
+    last = n_pos - 1 if column is None else column[0]
+    can_unembed = lm.upstream.unembed is not None and LN_FINAL in lm.sites(tokens).sites
+    if column is None or not can_unembed or LN_FINAL.name in names:
+        of_logits = functools.partial(_of_logits, metric=metric)
+        return Cut(lm.forward, (lm.params, tokens), 0, last, None, of_logits)
+    fn, args, start = pass_from(lm, tokens, min(start, last))
+    of_column = functools.partial(_of_columns, lm.upstream, column=np.int32(last - start), metric=column[1])
+    return Cut(fn, args, start, last, LN_FINAL, of_column)
+
+
+def pass_from(lm: LanguageModel, tokens: np.ndarray, start: int) -> tuple[Callable[..., Any], tuple[Any, ...], int]:
+    """The pass over the positions from one on, those before it in a cache.
+
+    Args:
+        lm: The model.
+        tokens: Prompts, `[batch, pos]`.
+        start: The first position.
+
+    Returns:
+        The pass, its arguments, and its first position: 0 if the model has no cache.
+    """
+    upstream = lm.upstream
+    if not start or upstream.step is None or upstream.init_cache is None:
+        return lm.forward, (lm.params, tokens), 0
+    cache = upstream.init_cache(*tokens.shape)
     _, cache = passes.edit(upstream.step, (lm.params, cache, tokens[:, :start]), {})
-    return Cut(_step_logits(upstream), (lm.params, cache, tokens[:, start:]), start, last, until, of_ends)
+    return _step_logits(upstream), (lm.params, cache, tokens[:, start:]), start
 
 
 def first_position(tokens: np.ndarray, nodes: NodeSet, source: Source) -> int:
@@ -241,40 +251,30 @@ def _columns_fn(upstream: Upstream, params: Any, ends: Any, *, column: Any, metr
     assert upstream.unembed is not None
     picked = jax.lax.dynamic_slice_in_dim(ends, column, 1, axis=2)
     logits = upstream.unembed(params, jax.lax.collapse(picked, 0, 2))
-    return jax.vmap(lambda row: _checked(metric, row))(logits.reshape(*picked.shape[:3], -1))
+    return _logits_fn(params, logits.reshape(*picked.shape[:3], -1), metric=metric)
 
 
 def _logits_fn(params: Any, ends: Any, *, metric: Any) -> Any:
-    return jax.vmap(lambda row: _checked(metric, row))(ends)
+    return jax.vmap(functools.partial(metric_values, metric, where="node_effects"))(ends)
 
 
 _of_columns = counted_jit(_columns_fn, name="metric of a column", static_argnums=0)
 _of_logits = counted_jit(_logits_fn, name="metric")
 
 
-def _checked(metric: Metric, logits: Any) -> Any:
-    return check_metric_value(metric(logits), batch=logits.shape[0], where="the metric").astype(jnp.float32)
-
-
 def _plain_metric(running_pass: RunningPass, value: Any, cut: Cut) -> np.ndarray:
     end = running_pass.rest(value, until=cut.until)
-    plain = np.asarray(cut.metric(cut.args[0], jax.tree.map(lambda leaf: leaf[None], end)))[0]
-    if not np.isfinite(plain).all():
-        raise _refuse(
-            f"The metric of the plain pass is {plain}", "finite numbers.", "look at the metric and the prompts."
-        )
-    return plain
+    plain = cut.metric(cut.args[0], jax.tree.map(lambda leaf: leaf[None], end))[0]
+    return finite(plain, what="The metric of the plain pass", where="node_effects")
 
 
-def _new_values(
-    lm: LanguageModel, source: Source, metric: Metric, cut: Cut, sites: list[Site]
-) -> Callable[[Site, Any], Any]:
-    """From a site and its value to the new value, over the positions of the pass."""
+def _new_values(lm: LanguageModel, source: Source, start: int, sites: list[Site]) -> Callable[[Site, Any], Any]:
+    """From a site and its value to the new value, over the positions from `start`."""
     if callable(source):
         return source
     # By the same programs as the plain pass, so that what is equal in both is equal to the bit.
-    other = cut_pass(lm, source, metric, cut.start, names=[site.name for site in sites])
-    values = passes.read(other.fn, other.args, sites, where="node_effects")
+    fn, args, _ = pass_from(lm, source, start)
+    values = passes.read(fn, args, sites, where="node_effects")
     return lambda site, value: values[site]
 
 

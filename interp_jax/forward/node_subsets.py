@@ -29,12 +29,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 
 from interp_jax.core.errors import InvalidInputError, ShapeError, four_part
 from interp_jax.core.sites import Site
-from interp_jax.forward.metrics import Metric, check_metric_value
-from interp_jax.forward.node_effects import Cut, cut_pass, first_position
+from interp_jax.forward.metrics import Metric, metric_values, prepared
+from interp_jax.forward.node_effects import Cut, cut_pass, first_position, pass_from
 from interp_jax.forward.nodes import NodeGroup, NodeSet, check_nodes, check_pair
 from interp_jax.forward.sweeps import STEP_BYTES
 from interp_jax.models import passes
@@ -134,11 +133,13 @@ def subset_patching(
 
     Raises:
         ShapeError: The prompts differ in shape, or the metric does not return one float per row of the batch.
-        InvalidInputError: There are no nodes, they are of other prompts, or `rows_per_step` is not positive.
+        InvalidInputError: The prompts are padded at different places, there are no nodes or they are of other prompts,
+            the metric reads a token or a position that is not there, or `rows_per_step` is not positive.
     """
     where = "subset_patching"
     clean, corrupted = check_pair(lm, clean, corrupted, where=where)
     check_nodes(nodes, clean, where=where)
+    metric = prepared(metric, lm, clean, where=where)
     if rows_per_step is not None and rows_per_step < 1:
         raise InvalidInputError(
             four_part(
@@ -147,12 +148,11 @@ def subset_patching(
         )
     names = [group.name for group in nodes.groups]
     cut = cut_pass(lm, clean, metric, first_position(clean, nodes, corrupted), names=names)
-    other = cut_pass(lm, corrupted, metric, cut.start, names=names)
     if rows_per_step is None:
         bytes_per_row = lm.sites(clean).n_bytes * cut.args[-1].shape[1] // nodes.n_pos
         rows_per_step = int(np.clip(STEP_BYTES // max(1, bytes_per_row), 1, 64))
-    metric = metric if isinstance(metric, Partial) else Partial(metric)
-    sources = passes.read(other.fn, other.args, nodes.sites, where=where)
+    fn, args, _ = pass_from(lm, corrupted, cut.start)
+    sources = passes.read(fn, args, nodes.sites, where=where)
     patching = SubsetPatching(lm, clean, cut, sources, metric, nodes, np.zeros(len(clean), np.float32), rows_per_step)
     # The empty subset, by the same program: so what changes nothing has an effect of exactly 0.
     return dataclasses.replace(patching, plain=_metrics(patching, np.zeros((1, nodes.n_nodes), bool))[:, 0])
@@ -214,8 +214,7 @@ def _patched(
                 # [pos, unit] against [batch, pos, unit, ...]; a site without units has one that stands for all.
                 mask = mask_of[site].reshape(1, *mask_of[site].shape, *(1,) * (value.ndim - 3))
                 running_pass.modified_value = jnp.where(mask, source_of[site], value)
-        value = check_metric_value(metric(running_pass.retval), batch=len(args[-1]), where="subset_patching")
-        return value.astype(jnp.float32)
+        return metric_values(metric, running_pass.retval, where="subset_patching")
 
     return jax.vmap(one_subset)(masks)
 

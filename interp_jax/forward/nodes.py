@@ -266,22 +266,31 @@ def check_pair(lm: LanguageModel, clean: Any, corrupted: Any, *, where: str) -> 
         Both, int32.
 
     Raises:
-        ShapeError: They differ in shape, or are padded at different positions.
+        ShapeError: They differ in shape.
+        InvalidInputError: They are padded at different places.
     """
     clean, corrupted = (np.asarray(lm.check_tokens(tokens, where=where)) for tokens in (clean, corrupted))
-    if clean.shape != corrupted.shape or ((clean < 0) != (corrupted < 0)).any():
-        what = "are padded at different positions" if clean.shape == corrupted.shape else "differ in shape"
+    if clean.shape != corrupted.shape:
         raise ShapeError(
             four_part(
-                f"Clean and corrupted tokens were given, {list(clean.shape)} and {list(corrupted.shape)}, which {what}",
+                f"Clean tokens {list(clean.shape)} and corrupted tokens {list(corrupted.shape)} were given",
                 where=where,
                 expected="pairs of prompts with the same number of tokens, position by position.",
                 fix="choose words with the same number of tokens; lm.tokenize(text).shape tells.",
             )
         )
-    if (same := (clean == corrupted).all(-1)).any():
-        which = "The" if same.all() else f"{same.sum()} of {len(same)}"
-        warnings.warn(f"{which} clean and corrupted prompts are equal: nothing has an effect there.", stacklevel=3)
+    if rows := np.flatnonzero(((clean < 0) != (corrupted < 0)).any(1)).tolist():
+        raise InvalidInputError(
+            four_part(
+                f"Pairs whose rows {rows} are padded at different places were given",
+                where=where,
+                expected="clean and corrupted prompts with padding at the same places.",
+                fix="choose corrupted prompts that tokenize to the same length, row by row.",
+            )
+        )
+    if rows := np.flatnonzero((clean == corrupted).all(1)).tolist():
+        message = f"Rows {rows} are the same clean and corrupted ({where}): nothing has an effect there."
+        warnings.warn(message, stacklevel=3)
     return clean, corrupted
 
 

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from interp_jax.core.errors import InvalidInputError, ShapeError, four_part
 from interp_jax.core.interventions import apply_intervention
 from interp_jax.core.sites import Selector, Site, select_sites
-from interp_jax.forward.metrics import Metric, check_metric, check_metric_reads, check_metric_value
+from interp_jax.forward.metrics import Metric, metric_values, prepared
 from interp_jax.transforms.compilations import counted_jit
 from interp_jax.transforms.running_pass import run
 
@@ -94,9 +94,11 @@ def sweep(
         UnknownNameError: A selector of the table matches no site.
         ShapeError: Rows disagree in number, an intervention does not fit its site, or the metric does not return
             one float per row of the batch.
-        InvalidInputError: The table is empty, two selectors share a site, or `rows_per_step` is not positive.
+        InvalidInputError: The table is empty, two selectors share a site, the metric reads a token or a position that
+            is not there, or `rows_per_step` is not positive.
     """
-    check_metric(metric, where="sweep")
+    tokens = np.asarray(lm.check_tokens(tokens, where="sweep"))
+    metric = prepared(metric, lm, tokens, where="sweep")
     rows = lm.sites(tokens)
     by_site = _by_site(table, rows.sites)
     n_rows = _n_rows(by_site)
@@ -104,11 +106,6 @@ def sweep(
         rows_per_step = _rows_that_fit(n_rows, rows.n_bytes)
     elif rows_per_step < 1:
         raise _refuse(f"rows_per_step={rows_per_step} was given", "a positive number.", "choose 1 or more.")
-    metric = metric if isinstance(metric, Partial) else Partial(metric)
-    tokens = np.asarray(lm.check_tokens(tokens, where="sweep"))
-    if lm.config is not None:  # Where the metric is compiled its ids are no longer known.
-        check_metric_reads(metric, (*tokens.shape, lm.config.d_vocab))
-
     sites, interventions = tuple(by_site), tuple(by_site.values())
     values = np.empty((n_rows, len(tokens)), np.float32)
     with tqdm(total=n_rows, desc="sweep", unit="row", disable=None if progress else True, leave=False) as bar:
@@ -135,8 +132,7 @@ def _rows_of(
         for layer, name, value in (running_pass := run(forward, params, tokens, sites=sites)):
             site = Site(layer, name)
             running_pass.modified_value = apply_intervention(by_site[site], value, where=str(site))
-        value = check_metric_value(metric(running_pass.retval), batch=len(tokens), where="sweep")
-        return value.astype(jnp.float32)
+        return metric_values(metric, running_pass.retval, where="sweep")
 
     has_rows = jax.tree.map(lambda leaf: 0 if jnp.ndim(leaf) else None, interventions)
     return jax.vmap(one_row, in_axes=(has_rows,))(interventions)

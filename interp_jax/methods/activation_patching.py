@@ -30,7 +30,7 @@ import numpy as np
 
 from interp_jax.core.errors import InvalidInputError, UnknownNameError, four_part
 from interp_jax.core.sites import Site
-from interp_jax.forward.metrics import Metric
+from interp_jax.forward.metrics import Metric, prepared
 from interp_jax.forward.node_effects import node_effects, plain_metric
 from interp_jax.forward.nodes import Node, NodeSet, check_nodes, check_pair
 
@@ -137,9 +137,10 @@ def activation_patching(
         The effects.
 
     Raises:
-        ShapeError: The prompts are not aligned, or the metric does not return one float per row.
+        ShapeError: The prompts differ in shape, or the metric does not return one float per row.
         UnknownNameError: There is no such direction.
-        InvalidInputError: The metric is NaN, or the nodes are those of prompts of another length.
+        InvalidInputError: The prompts are padded at different places, the nodes are those of prompts of another length,
+            or the metric is NaN or reads a token or a position that is not there.
 
     Source: Kramar et al. 2024 (2403.00745), equations 1 to 3.
     """
@@ -147,6 +148,7 @@ def activation_patching(
         raise _unknown("direction", direction, DIRECTIONS, "activation_patching")
     clean, corrupted = check_pair(lm, clean, corrupted, where="activation_patching")
     check_nodes(nodes, clean, where="activation_patching")
+    metric = prepared(metric, lm, clean, where="activation_patching")
     tokens, source = (clean, corrupted) if direction == "noising" else (corrupted, clean)
     done = None if resume is None else resume.effects
     effects, plain = node_effects(
@@ -189,7 +191,9 @@ def ablation(
 
     Raises:
         UnknownNameError: There is no such kind.
-        InvalidInputError: Resampling without a key or from one row, or nodes of prompts of another length.
+        ShapeError: The metric does not return one float per row.
+        InvalidInputError: Resampling without a key or from one row, nodes of prompts of another length, or a metric
+            that is NaN or reads a token or a position that is not there.
 
     Source: Wang et al. 2022 (2211.00593), section 2, on mean ablation.
     """
@@ -197,6 +201,7 @@ def ablation(
         raise _unknown("kind", kind, ABLATIONS, "ablation")
     tokens = np.asarray(lm.check_tokens(tokens, where="ablation"))
     check_nodes(nodes, tokens, where="ablation")
+    metric = prepared(metric, lm, tokens, where="ablation")
     source: Any
     if kind == "zero":
         source = _zero

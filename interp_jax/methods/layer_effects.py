@@ -29,7 +29,7 @@ from tqdm import tqdm
 from interp_jax.core.errors import UnknownNameError, four_part
 from interp_jax.core.interventions import Masked
 from interp_jax.core.sites import Selector, Site, select_sites
-from interp_jax.forward.metrics import Metric, check_metric, check_metric_value
+from interp_jax.forward.metrics import Metric, metric_values, prepared
 from interp_jax.forward.sweeps import sweep
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ def layer_effects(
     Raises:
         UnknownNameError: A selector matches no site, or the route is unknown.
         ShapeError: The metric does not return one float per row of the batch.
+        InvalidInputError: The metric reads a token or a position that is not there.
     """
     if route not in ROUTES:
         raise UnknownNameError(
@@ -124,7 +125,8 @@ def layer_effects(
                 f"Unknown route {route!r}", where="layer_effects", names=ROUTES, given=route, fix="use one of them."
             )
         )
-    check_metric(metric, where="layer_effects")
+    tokens = np.asarray(lm.check_tokens(tokens, where="layer_effects"))
+    metric = prepared(metric, lm, tokens, where="layer_effects")
     chosen = tuple(select_sites(sites, lm.sites(tokens).sites, where="layer_effects"))
     by_route = _by_sweep if route == "sweep" else _by_loop
     clean, *zeroed = by_route(lm, tokens, metric, chosen, progress)
@@ -147,6 +149,5 @@ def _by_loop(
         for layer, name, value in (running_pass := lm.run(tokens, sites=sites)):
             if Site(layer, name) == zeroed:
                 running_pass.modified_value = jnp.zeros_like(value)
-        value = check_metric_value(metric(running_pass.retval), batch=len(np.asarray(tokens)), where="layer_effects")
-        values.append(np.asarray(value, np.float32))
+        values.append(np.asarray(metric_values(metric, running_pass.retval, where="layer_effects")))
     return values

@@ -12,7 +12,7 @@ The arithmetic on one pair of distributions, over a vocabulary of two:
 
 >>> import numpy as np
 >>> half, nine_tenths = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.9, 0.1]))
->>> [round(float(x), 4) for x in (kl_divergence(half, nine_tenths), kl_divergence(nine_tenths, half))]
+>>> [round(float(x), 4) for x in (divergence(half, nine_tenths), divergence(nine_tenths, half))]
 [0.5108, 0.3681]
 
 Sharp edges: position t of a view is about the token at t + 1. A view of a single write ("5.mlp_out") renormalises
@@ -35,6 +35,7 @@ import numpy as np
 from interp_jax.core.errors import InvalidInputError, ShapeError, UnknownNameError, UnsupportedModelError, four_part
 from interp_jax.core.interventions import describe
 from interp_jax.core.sites import Selector, Site
+from interp_jax.forward.metrics import divergence
 from interp_jax.transforms.compilations import counted_jit
 
 if TYPE_CHECKING:
@@ -117,21 +118,6 @@ class _Decoder(NamedTuple):
     ln_final: Any = None
     kind: str = ""
     eps: float = 0.0
-
-
-def kl_divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-    """KL(p || q) in nats over the last axis, from log probabilities.
-
-    KL(p || q) = sum_v p_v (log p_v - log q_v)
-
-    Args:
-        log_p: Log probabilities, `[..., d_vocab]`.
-        log_q: Log probabilities, `[..., d_vocab]`.
-
-    Returns:
-        The divergence, `[...]`. Entries with p = 0 contribute 0.
-    """
-    return jnp.where(log_p == -jnp.inf, 0.0, jnp.exp(log_p) * (log_p - log_q)).sum(-1)
 
 
 def rank_of(logits: jax.Array, target: jax.Array, *, ties: str = "min") -> jax.Array:
@@ -350,8 +336,8 @@ def _statistics_of_views(
             "target_probability": jnp.exp(target_log_p),
             "rank": rank_of(view_logits, target, ties=ties),
             "agrees": view_logits.argmax(-1) == final_top1,
-            "kl": kl_divergence(final, view),
-            "kl_reverse": kl_divergence(view, final),
+            "kl": divergence(final, view),
+            "kl_reverse": divergence(view, final),
             # Over the vocabulary: sum of -p log p, with 0 log 0 = 0.
             "entropy": -jnp.where(view == -jnp.inf, 0.0, jnp.exp(view) * view).sum(-1),
         }

@@ -96,7 +96,7 @@ def test_what_cannot_be_patched_is_refused(tiny_llama, patching):
         subset_patching(tiny_llama, CLEAN, CORRUPTED, METRIC, nodes, rows_per_step=0)
     with pytest.raises(InvalidInputError, match=r"for prompts of 4[\s\S]*Fix:"):
         subset_patching(tiny_llama, CLEAN[:, 1:], CORRUPTED[:, 1:], METRIC, nodes)
-    with pytest.raises(ShapeError, match=r"which differ in shape[\s\S]*Fix:"):
+    with pytest.raises(ShapeError, match=r"Clean tokens[\s\S]*Fix:"):
         subset_patching(tiny_llama, CLEAN, CORRUPTED[:1], METRIC, nodes)
     with pytest.raises(ShapeError, match=r"The metric returned float32\[2, 5\][\s\S]*Fix:"):
         subset_patching(tiny_llama, CLEAN, CORRUPTED, lambda logits: logits[..., 0], nodes)

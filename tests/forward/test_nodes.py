@@ -76,11 +76,11 @@ def test_scores_of_other_nodes_are_refused(tiny_llama) -> None:
 
 
 def test_pairs_that_are_not_aligned_are_refused(tiny_llama) -> None:
-    with pytest.raises(ShapeError, match="differ in shape"):
+    with pytest.raises(ShapeError, match=r"Clean tokens \[1, 6\] and corrupted tokens \[1, 5\] were given in test"):
         check_pair(tiny_llama, TOKENS, TOKENS[:, 1:], where="test")
     padded = TOKENS.copy()
     padded[0, 0] = -1
-    with pytest.raises(ShapeError, match="padded at different positions"):
+    with pytest.raises(InvalidInputError, match=r"rows \[0\] are padded at different places were given in test"):
         check_pair(tiny_llama, TOKENS, padded, where="test")
-    with pytest.warns(UserWarning, match="The clean and corrupted prompts are equal"):
+    with pytest.warns(UserWarning, match=r"Rows \[0\] are the same clean and corrupted \(test\)"):
         check_pair(tiny_llama, TOKENS, TOKENS, where="test")

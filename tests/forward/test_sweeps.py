@@ -168,14 +168,6 @@ def test_any_function_of_the_logits_is_a_metric(lm, tokens):
     np.testing.assert_allclose(values, row_by_row(lm, tokens, table, spread, 3), rtol=2e-5, atol=2e-5)
 
 
-def test_a_logit_difference_reads_its_position_and_its_rows_own_tokens():
-    logits = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4) ** 2
-    per_row = logit_difference([0, 3], [2, 1], position=1)(jnp.asarray(logits))
-    np.testing.assert_array_equal(per_row, [logits[0, 1, 0] - logits[0, 1, 2], logits[1, 1, 3] - logits[1, 1, 1]])
-    at_end = logit_difference(1, 2)(jnp.asarray(logits))
-    np.testing.assert_array_equal(at_end, logits[:, -1, 1] - logits[:, -1, 2])
-
-
 ROWS = np.ones(3, np.float32)
 
 
@@ -213,26 +205,3 @@ def test_mistakes_are_named(lm, tokens, table, metric, error, words):
 def test_mistakes_in_numbers_are_named(lm, tokens):
     with pytest.raises(InvalidInputError, match="rows_per_step=0"):
         sweep(lm, tokens, {"1.mlp_out": scaled(ROWS)}, METRIC, rows_per_step=0)
-    for ids in [(" Mary", 1), (-1, 2), (1.5, 2), ([[1]], 2)]:
-        with pytest.raises(InvalidInputError, match="token ids, integers from 0"):
-            logit_difference(*ids)
-
-
-@pytest.mark.parametrize(("answer", "position"), [(10**6, -1), (1, 99), (1, -99)])
-@pytest.mark.parametrize("route", ["sweep", "loop"])
-def test_a_metric_of_logits_there_are_none_of(tiny, route, answer, position):
-    """JAX would read the nearest one there is."""
-    metric = logit_difference(answer, 2, position=position)
-    with pytest.raises(InvalidInputError) as error:
-        if route == "sweep":
-            sweep(tiny, np.array([[1, 2, 3]]), {"0.mlp_out": Masked(0.0, np.array([True]))}, metric)
-        else:
-            metric(tiny(np.array([[1, 2, 3]])))
-    message = str(error.value)
-    assert f"Token id {max(answer, 2)} at position {position}" in message and "logits [1, 3, 260]" in message
-    assert "Expected: ids below 260, and a position from -3 to 2." in message and "Fix: take the ids" in message
-
-
-def test_what_is_no_metric(tiny):
-    with pytest.raises(InvalidInputError, match=r"(?s)'x' \(str\) was given as the metric in sweep.*Expected.*Fix"):
-        sweep(tiny, np.array([[1, 2, 3]]), {"0.mlp_out": Masked(0.0, np.array([True]))}, "x")  # pyright: ignore[reportArgumentType]

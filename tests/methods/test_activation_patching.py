@@ -103,7 +103,7 @@ def test_what_cannot_matter_is_exactly_zero(tiny_llama, pair) -> None:
         assert np.all(grid[:, :, :2] == 0.0)  # Before the first token that differs.
         assert np.all(grid[:, :, 5:] == 0.0)  # After the position the metric reads.
         assert np.any(grid[:, :, 2:5] != 0.0)
-    with pytest.warns(UserWarning, match="prompts are equal"):
+    with pytest.warns(UserWarning, match="are the same clean and corrupted"):
         same = activation_patching(tiny_llama, clean, clean, METRIC, nodes, progress=False)
     assert np.all(same.effects == 0.0)
 

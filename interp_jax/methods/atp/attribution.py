@@ -44,11 +44,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.tree_util import Partial
 
 from interp_jax.core.errors import InvalidInputError, UnsupportedModelError, four_part
 from interp_jax.core.sites import Site
-from interp_jax.forward.metrics import Metric, check_metric_value, column_read
+from interp_jax.forward.metrics import Metric, column_read, finite, metric_values, prepared
 from interp_jax.forward.nodes import NEURONS, Node, NodeGroup, NodeSet, check_nodes, check_pair
 from interp_jax.methods.atp.qk_fix import key_effects, query_effects
 from interp_jax.transforms.compilations import counted_jit
@@ -144,9 +143,10 @@ def attribution_patching(
         The estimates and scores.
 
     Raises:
-        ShapeError: The prompts are not aligned, or the metric does not return one float per row.
-        InvalidInputError: The metric or an estimate is NaN, GradDrop of fewer than two layers, or nodes of prompts of
-            another length.
+        ShapeError: The prompts differ in shape, or the metric does not return one float per row.
+        InvalidInputError: The prompts are padded at different places, the metric reads a token or a position that is
+            not there, it or an estimate is NaN, GradDrop of fewer than two layers, or nodes of prompts of another
+            length.
         UnsupportedModelError: The QK fix of a model whose scores are not scaled products of queries and keys.
 
     Source: Kramar et al. 2024 (2403.00745), equations 4 to 12.
@@ -154,6 +154,7 @@ def attribution_patching(
     where = "attribution_patching"
     clean, corrupted = check_pair(lm, clean, corrupted, where=where)
     check_nodes(nodes, clean, where=where)
+    metric = prepared(metric, lm, clean, where=where)
     table = lm.sites(clean)
     layers = tuple(sorted({site.layer for site in table.sites if site.layer is not None}))
     if grad_drop and len(layers) < 2:
@@ -185,7 +186,6 @@ def attribution_patching(
         grad_drop,
         layers_per_step,
     )
-    of_logits = of_logits if isinstance(of_logits, Partial) else Partial(of_logits)
     estimates, scores, plain, scale_error = map(
         np.asarray, _attribute(setup, lm.params, clean, corrupted, np.int32(position), of_logits)
     )
@@ -198,15 +198,8 @@ def attribution_patching(
                 fix="pass qk_fix=False.",
             )
         )
-    if not (np.isfinite(plain).all() and np.isfinite(scores).all()):
-        raise InvalidInputError(
-            four_part(
-                f"The metric is {plain}, and {int((~np.isfinite(scores)).sum())} scores are not finite",
-                where=where,
-                expected="finite numbers.",
-                fix="look at the metric and its derivative, and at the model's dtype.",
-            )
-        )
+    finite(plain, what="The metric of the clean pass", where=where)
+    finite(scores, what="A score", where=where)
     return AttributionResult(estimates, scores, plain, nodes, has_qk, grad_drop)
 
 
@@ -235,8 +228,7 @@ def _attribution(
         logits = end
         if setup.unembed is not None:
             logits = setup.unembed(params, lax.dynamic_slice_in_dim(end, position, 1, axis=1))
-        value = check_metric_value(metric(logits), batch=clean.shape[0], where="attribution_patching")
-        return value.astype(jnp.float32)
+        return metric_values(metric, logits, where="attribution_patching")
 
     plain, of_metric = jax.vjp(of_end, logits if setup.unembed is None else values[LN_FINAL])
     (at_end,) = of_metric(jnp.ones_like(plain))

@@ -32,15 +32,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 from tqdm import tqdm
 
 from interp_jax.core.errors import InvalidInputError, UnknownNameError, four_part
-from interp_jax.forward.metrics import Metric
+from interp_jax.forward.metrics import Metric, finite, kl_divergence, metric_values, prepared
+from interp_jax.forward.nodes import check_pair
 from interp_jax.methods.circuits.edge_model import EdgeModel, edge_model
 from interp_jax.methods.circuits.edge_passes import Mixing, checked_writes, run_edges
 from interp_jax.methods.circuits.graph import Circuit, EdgeGraph
-from interp_jax.methods.circuits.inputs import checked_pair, finite, metric_values, prepared
 from interp_jax.transforms.compilations import counted_jit
 
 if TYPE_CHECKING:
@@ -139,14 +138,14 @@ def acdc(
                 fix="find the circuit on this model, or leave start out.",
             )
         )
-    if isinstance(corrupted, str) and corrupted == "zero":
-        clean = jnp.asarray(lm.check_tokens(tokens, where="acdc"))
-        writes = jnp.zeros_like(checked_writes(model, lm.params, clean, where="acdc"))
+    if is_silent := isinstance(corrupted, str) and corrupted == "zero":
+        clean = other = np.asarray(lm.check_tokens(tokens, where="acdc"))
     else:
-        clean, other = checked_pair(lm, tokens, corrupted, where="acdc")
-        writes = checked_writes(model, lm.params, other, where="acdc")
-    metric = kl_divergence(lm(clean)) if metric is None else metric
-    metric = prepared(metric, model.config, clean, where="acdc")
+        clean, other = check_pair(lm, tokens, corrupted, where="acdc")
+    metric = prepared(kl_divergence(lm(clean)) if metric is None else metric, lm, clean, where="acdc")
+    writes = checked_writes(model, lm.params, other, where="acdc")
+    if is_silent:
+        writes = jnp.zeros_like(writes)
     n_passes = _passes_that_fit(writes.nbytes)
 
     def evaluate(masks: np.ndarray) -> np.ndarray:
@@ -215,26 +214,6 @@ class _Search:
                 yield Decision(graph.senders[sender].name, name, change, self._last_removed)
                 if self._last_removed != guess:
                     break
-
-
-def kl_divergence(logits: Any, *, position: int = -1) -> Partial:
-    """The metric KL(reference prediction || prediction) at one position, in nats.
-
-    sum over tokens of p (log p - log q), p of the reference logits
-
-    Args:
-        logits: The reference's logits, `[batch, pos, d_vocab]`, such as `lm(tokens)`.
-        position: Which position's prediction; negative counts from the end.
-
-    Returns:
-        A function from logits to `[batch]`; never negative but for rounding.
-    """
-    return Partial(_divergence, jax.nn.log_softmax(jnp.asarray(logits)[:, position].astype(jnp.float32)), position)
-
-
-def _divergence(reference: jax.Array, position: Any, logits: jax.Array) -> jax.Array:
-    own = jax.nn.log_softmax(logits[:, position].astype(jnp.float32))
-    return jnp.sum(jnp.exp(reference) * (reference - own), axis=-1)
 
 
 def _value(model: EdgeModel, params: Any, tokens: Any, writes: jax.Array, masks: Any, metric: Any) -> jax.Array:

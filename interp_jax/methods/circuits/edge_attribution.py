@@ -34,11 +34,11 @@ from tqdm import tqdm
 
 from interp_jax.core.errors import InvalidInputError, UnknownNameError, four_part
 from interp_jax.core.sites import Site
-from interp_jax.forward.metrics import Metric
+from interp_jax.forward.metrics import Metric, finite, metric_values, prepared
+from interp_jax.forward.nodes import check_pair
 from interp_jax.methods.circuits.edge_model import EdgeModel, edge_model
 from interp_jax.methods.circuits.edge_passes import Mixing, checked_run, run_edges
 from interp_jax.methods.circuits.graph import Circuit, EdgeGraph, greedy_edges, top_edges
-from interp_jax.methods.circuits.inputs import checked_pair, finite, metric_values, prepared
 from interp_jax.transforms.compilations import counted_jit
 from interp_jax.transforms.harvest import site_gradients
 
@@ -166,8 +166,8 @@ def edge_attribution(
     if method in ("eap", "mask_gradient"):
         points, weights = [1.0 if method == "eap" else 0.0], [1.0]
     model = edge_model(lm, where="edge_attribution")
-    clean_tokens, other = checked_pair(lm, tokens, corrupted, where="edge_attribution")
-    metric = prepared(metric, model.config, clean_tokens, where="edge_attribution")
+    clean_tokens, other = check_pair(lm, tokens, corrupted, where="edge_attribution")
+    metric = prepared(metric, lm, clean_tokens, where="edge_attribution")
     runs = [checked_run(model, lm.params, part, where="edge_attribution") for part in (clean_tokens, other)]
     (_, clean_writes), (_, corrupted_writes) = runs
     ends = [np.asarray(metric_values(metric, logits, where="edge_attribution")) for logits, _ in runs]
@@ -177,8 +177,8 @@ def edge_attribution(
     for point, weight in bar:
         at = jnp.float32(point)
         scores += weight * np.asarray(step(model, lm.params, clean_tokens, clean_writes, corrupted_writes, metric, at))
-    for values in (*ends, scores):
-        finite(values, where="edge_attribution")
+    finite(ends, where="edge_attribution")
+    finite(scores, what="A score", where="edge_attribution")
     return EdgeAttributionResult(model.graph, scores.astype(np.float32), *ends)
 
 

@@ -28,11 +28,11 @@ import numpy as np
 from tqdm import tqdm
 
 from interp_jax.core.errors import InvalidInputError, four_part
-from interp_jax.forward.metrics import Metric
+from interp_jax.forward.metrics import Metric, finite, metric_values, prepared
+from interp_jax.forward.nodes import check_pair
 from interp_jax.methods.circuits.edge_model import EdgeModel, edge_model
 from interp_jax.methods.circuits.edge_passes import Mixing, checked_writes, run_edges
 from interp_jax.methods.circuits.graph import Circuit
-from interp_jax.methods.circuits.inputs import checked_pair, finite, metric_values, prepared
 from interp_jax.transforms.compilations import counted_jit
 
 if TYPE_CHECKING:
@@ -118,11 +118,11 @@ def faithfulness(
                 fix="find the circuit on this model.",
             )
         )
-    clean, other = checked_pair(lm, tokens, corrupted, where="faithfulness")
+    clean, other = check_pair(lm, tokens, corrupted, where="faithfulness")
+    metric = prepared(metric, lm, clean, where="faithfulness")
     writes = checked_writes(model, lm.params, other, where="faithfulness")
     everything = np.zeros(model.graph.shape, np.float32)
     masks = [everything, 1 - everything, *(circuit.mask for circuit in circuits)]
-    metric = prepared(metric, model.config, clean, where="faithfulness")
     bar = tqdm(masks, desc="faithfulness", unit="pass", disable=None if progress else True, leave=False)
     values = [np.asarray(_metric_of_mask(model, lm.params, clean, writes, mask, metric)) for mask in bar]
     full, empty, *kept = finite(np.stack(values), where="faithfulness")

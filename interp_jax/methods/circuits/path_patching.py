@@ -31,10 +31,10 @@ import numpy as np
 from tqdm import tqdm
 
 from interp_jax.core.errors import InvalidInputError, four_part
-from interp_jax.forward.metrics import Metric
+from interp_jax.forward.metrics import Metric, finite, metric_values, prepared
+from interp_jax.forward.nodes import check_pair
 from interp_jax.methods.circuits.edge_model import EdgeModel, edge_model
 from interp_jax.methods.circuits.edge_passes import checked_writes, run_edges
-from interp_jax.methods.circuits.inputs import checked_pair, finite, metric_values, prepared
 from interp_jax.transforms.compilations import counted_jit
 from interp_jax.transforms.running_pass import run
 
@@ -117,9 +117,9 @@ def path_patching(
     is_receiver = np.zeros(graph.shape[1], bool)
     is_receiver[read] = True
 
-    clean, other = checked_pair(lm, tokens, corrupted, where="path_patching")
+    clean, other = check_pair(lm, tokens, corrupted, where="path_patching")
+    metric = prepared(metric, lm, clean, where="path_patching")
     writes = [checked_writes(model, lm.params, part, where="path_patching") for part in (clean, other)]
-    metric = prepared(metric, model.config, clean, where="path_patching")
     no_one = np.zeros(graph.shape[0], bool)
     values = []
     for who in tqdm([no_one, *is_sender], desc="path patching", disable=None if progress else True, leave=False):
