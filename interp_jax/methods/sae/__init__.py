@@ -4,23 +4,36 @@ Source: Bricken et al. 2023, Towards Monosemanticity; the sources of each varian
 """
 
 from interp_jax.methods.sae.batch_top_k import BatchTopK
+from interp_jax.methods.sae.dead_latents import AuxK, GhostGrads
 from interp_jax.methods.sae.gated import Gated
 from interp_jax.methods.sae.jump_relu import JumpReLU
 from interp_jax.methods.sae.matching_pursuit import MatchingPursuit
 from interp_jax.methods.sae.matryoshka import Matryoshka
 from interp_jax.methods.sae.relu import ReLU
+from interp_jax.methods.sae.resampling import Redraw, Resample
 from interp_jax.methods.sae.sae import SAE
 from interp_jax.methods.sae.top_k import TopK
+from interp_jax.methods.sae.train_config import TrainConfig
+from interp_jax.methods.sae.train_step import StepRule
+from interp_jax.methods.sae.training import TrainResult, train
 from interp_jax.methods.sae.variants import VARIANTS
 
 __all__ = [
     "SAE",
     "VARIANTS",
+    "AuxK",
     "BatchTopK",
     "Gated",
+    "GhostGrads",
     "JumpReLU",
     "MatchingPursuit",
     "Matryoshka",
     "ReLU",
+    "Redraw",
+    "Resample",
+    "StepRule",
     "TopK",
+    "TrainConfig",
+    "TrainResult",
+    "train",
 ]

@@ -1,0 +1,143 @@
+"""Checkpoints of a training run: written beside the training, whole or not at all, and read back to the last bit.
+
+One folder per saved step, through Orbax; a folder appears under its name when it is complete. What is written is a
+pytree of arrays and integers. A step that cannot be read (a torn file) is passed over for the one before, and a
+step that cannot be written (a full disk) leaves those before as they were; both say so in a warning.
+
+>>> import tempfile
+>>> with tempfile.TemporaryDirectory() as directory, Checkpoints(directory, {"n_latents": 5}) as checkpoints:
+...     checkpoints.save(3, {"weights": np.arange(2.0), "n": 7})
+...     checkpoints.wait()
+...     step, tree = checkpoints.latest()
+>>> step, tree
+(3, {'n': 7, 'weights': array([0., 1.])})
+
+Sharp edges: arrays come back as NumPy's, of the dtype they were saved in. A folder belongs to one configuration.
+
+Source: interp_jax, on orbax-checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from interp_jax.core.errors import LoadError, four_part
+
+N_KEPT = 2
+
+
+class Checkpoints:
+    """The checkpoints of one run in a folder; close it, or use it in `with`.
+
+    Args:
+        directory: The folder; it is made.
+        config: What the run was started with, as JSON data; a run with another one is refused.
+
+    Raises:
+        LoadError: The folder belongs to a run with another configuration.
+    """
+
+    def __init__(self, directory: str | Path, config: dict[str, Any]):
+        self._directory = Path(directory).absolute()
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._check(config)
+        options = ocp.CheckpointManagerOptions(max_to_keep=N_KEPT, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(self._directory / "steps", options=options)
+
+    def _check(self, config: dict[str, Any]) -> None:
+        path, given = self._directory / "config.json", json.loads(json.dumps(config))
+        if not path.exists():
+            path.write_text(json.dumps(given, indent=1, sort_keys=True))
+            return
+        saved = json.loads(path.read_text())
+        differing = sorted(name for name in {*saved, *given} if saved.get(name) != given.get(name))
+        if differing:
+            lines = [f"    {name}: {given.get(name)!r}, there {saved.get(name)!r}" for name in differing]
+            raise LoadError(
+                four_part(
+                    "A run with another configuration was given:\n" + "\n".join(lines) + "\n ",
+                    where=str(self._directory),
+                    expected="the configuration the checkpoints there were made with.",
+                    fix="take up the run with that configuration, or name another directory.",
+                )
+            )
+
+    def save(self, step: int, tree: Any) -> None:
+        """Write what a run is after a step, in the background.
+
+        Args:
+            step: Number of the step.
+            tree: Arrays and integers; copied before this returns.
+        """
+        copied = jax.tree.map(lambda leaf: np.array(leaf, copy=True), tree)
+        self._tried(lambda: self._manager.save(step, args=ocp.args.PyTreeSave(copied)), step)
+
+    def wait(self) -> None:
+        """Return when what is being written is written."""
+        self._tried(self._manager.wait_until_finished, None)
+
+    def latest(self) -> tuple[int, Any] | None:
+        """The newest step that can be read, and its tree; None where there is none.
+
+        Raises:
+            LoadError: There are steps, and none can be read.
+        """
+        steps, reasons = sorted(self._manager.all_steps(), reverse=True), []
+        for step in steps:
+            try:
+                return step, self._read(step)
+            except Exception as error:
+                # Whatever a torn file makes Orbax raise: the step before may be whole.
+                reasons.append(f"step {step}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+                warnings.warn(f"Checkpoint {reasons[-1]}. It is passed over for the one before.", stacklevel=2)
+        if not steps:
+            return None
+        raise LoadError(
+            four_part(
+                "Checkpoints that cannot be read:\n    " + "\n    ".join(reasons) + "\n ",
+                where=str(self._directory),
+                expected="at least one whole one.",
+                fix="start anew in another directory.",
+            )
+        )
+
+    def _read(self, step: int) -> Any:
+        metadata = self._manager.item_metadata(step)
+        tree = getattr(metadata, "tree", metadata)
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        restored = self._manager.restore(step, args=ocp.args.PyTreeRestore(restore_args=restore_args))
+        return jax.tree.map(_plain, restored)
+
+    def _tried(self, action: Any, step: int | None) -> None:
+        try:
+            action()
+        except (OSError, ValueError, RuntimeError) as error:
+            what = "A checkpoint" if step is None else f"The checkpoint of step {step}"
+            warnings.warn(
+                f"{what} could not be written to {self._directory}: {str(error).splitlines()[0]}. "
+                "Training goes on; the checkpoints before it are whole.",
+                stacklevel=3,
+            )
+
+    def close(self) -> None:
+        """Wait, and let go of the folder."""
+        self.wait()
+        self._manager.close()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _plain(leaf: Any) -> Any:
+    array = np.asarray(leaf)
+    return array.item() if array.ndim == 0 and np.issubdtype(array.dtype, np.int64) else array
