@@ -148,7 +148,7 @@ def activation_batches(
             values, _ = reader.read(
                 lm.params, filled_up(rows, batch_size), np.ones((batch_size, tokens.shape[1]), bool)
             )
-            yield rows, {name: np.asarray(value)[: len(rows)] for name, value in values.items()}
+            yield rows, {name: np.asarray(values[name])[: len(rows)] for name in reader.widths}
 
     return batches()
 
@@ -171,6 +171,63 @@ def activations_of(lm: LanguageModel, tokens: Any, select: Selector, *, batch_si
     """
     batches = [values for _, values in activation_batches(lm, tokens, select, batch_size=batch_size)]
     return {name: np.concatenate([values[name] for values in batches]) for name in batches[0]}
+
+
+def read_rows(
+    lm: LanguageModel, reader: SiteReader, tokens: np.ndarray, mask: np.ndarray, numbers: np.ndarray, *, where: str
+) -> dict[str, np.ndarray]:
+    """Activations where a mask is true, once they are known to be finite.
+
+    Args:
+        lm: The model.
+        reader: What reads its sites.
+        tokens: Token ids, `[seq, pos]`.
+        mask: Which of them count.
+        numbers: The sequences' numbers in their text, for the error message.
+        where: The public call.
+
+    Returns:
+        Site name to `[n, d]`.
+
+    Raises:
+        InvalidInputError: A value is not finite.
+    """
+    tokens = np.asarray(lm.check_tokens(tokens, where=where))
+    values, faults = jax.device_get(reader.read(lm.params, tokens, mask))
+    bad = {name: faults[name] for name in reader.widths if faults[name].any()}
+    if bad:
+        widths = reader.widths
+        lines = [
+            f"{name} has {int(counts.sum()):,} of {int(mask.sum()) * widths[name]:,} numbers that are not finite, in "
+            f"sequence{'s' * int((counts > 0).sum() > 1)} {', '.join(map(str, numbers[counts > 0][:8].tolist()))}"
+            for name, counts in bad.items()
+        ]
+        raise InvalidInputError(
+            four_part(
+                "; ".join(lines),
+                where=where,
+                expected="finite activations.",
+                fix="look at these sequences (packed[number]); load the model in float32 if its dtype overflows.",
+            )
+        )
+    return {name: values[name][mask] for name in reader.widths}
+
+
+def nothing_counts(text: str, keep: Keep, *, where: str) -> InvalidInputError:
+    """The error for a `text` of which `keep` leaves nothing; `where` names the public call."""
+    return InvalidInputError(
+        four_part(
+            f"No token of {text} counts",
+            where=where,
+            expected=f"tokens that are not left out by {keep}.",
+            fix="keep more: Keep(first_position=0, special_tokens=True).",
+        )
+    )
+
+
+def as_bits(array: np.ndarray) -> np.ndarray:
+    """The memory of an `array` as integers: NumPy moves rows of dtypes it does not know one number at a time."""
+    return array.view(np.dtype(f"u{array.dtype.itemsize}"))
 
 
 def filled_up(rows: np.ndarray, n: int) -> np.ndarray:

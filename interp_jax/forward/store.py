@@ -35,7 +35,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -50,7 +49,7 @@ from interp_jax.forward.batch_streams import (
     check_text,
     checksum,
 )
-from interp_jax.forward.site_values import Keep, SiteReader, site_reader
+from interp_jax.forward.site_values import Keep, SiteReader, as_bits, nothing_counts, read_rows, site_reader
 
 if TYPE_CHECKING:
     from interp_jax.models.language_model import LanguageModel
@@ -109,10 +108,10 @@ class ActivationStream(TimedStream):
         self._keep, self._settings = keep or Keep(), buffer or Buffer()
         check_text(packed, where="ActivationStream")
         check_seed(seed, where="ActivationStream")
-        n_ctx, n_rows = packed.rule.n_ctx, self._settings.n_rows
-        self._reader: SiteReader = site_reader(lm, sites, n_ctx=n_ctx, where="ActivationStream")
         n_sequences = self._settings.sequences_per_pass
         check_positive(where="ActivationStream", batch_size=batch_size, sequences_per_pass=n_sequences)
+        n_ctx, n_rows = packed.rule.n_ctx, self._settings.n_rows
+        self._reader: SiteReader = site_reader(lm, sites, n_ctx=n_ctx, where="ActivationStream")
         if n_rows < (least := 2 * max(batch_size, n_sequences * n_ctx)):
             raise InvalidInputError(
                 four_part(
@@ -177,14 +176,7 @@ class ActivationStream(TimedStream):
             mask = self._keep.mask(tokens, self._packed.rule.special_tokens)
             n_in_vain = 0 if mask.any() else n_in_vain + n_sequences
             if n_in_vain >= len(self._packed):
-                raise InvalidInputError(
-                    four_part(
-                        f"No token of {self._packed.name} counts",
-                        where="ActivationStream",
-                        expected=f"tokens that are not left out by {self._keep}.",
-                        fix="keep more: Keep(first_position=0, special_tokens=True).",
-                    )
-                )
+                raise nothing_counts(self._packed.name, self._keep, where="ActivationStream")
             try:
                 rows = read_rows(self._lm, self._reader, tokens, mask, chosen, where="ActivationStream")
             except InvalidInputError:
@@ -193,46 +185,6 @@ class ActivationStream(TimedStream):
             self._rows.put(rows)
             self._next_sequence += n_sequences
         self._rows.shuffle()
-
-
-def read_rows(
-    lm: LanguageModel, reader: SiteReader, tokens: np.ndarray, mask: np.ndarray, numbers: np.ndarray, *, where: str
-) -> dict[str, np.ndarray]:
-    """Activations where a mask is true, once they are known to be finite.
-
-    Args:
-        lm: The model.
-        reader: What reads its sites.
-        tokens: Token ids, `[seq, pos]`.
-        mask: Which of them count.
-        numbers: The sequences' numbers in their text, for the error message.
-        where: The public call.
-
-    Returns:
-        Site name to `[n, d]`.
-
-    Raises:
-        InvalidInputError: A value is not finite.
-    """
-    tokens = np.asarray(lm.check_tokens(tokens, where=where))
-    values, faults = jax.device_get(reader.read(lm.params, tokens, mask))
-    bad = {name: counts for name, counts in faults.items() if counts.any()}
-    if bad:
-        widths = reader.widths
-        lines = [
-            f"{name} has {int(counts.sum()):,} of {int(mask.sum()) * widths[name]:,} numbers that are not finite, in "
-            f"sequence{'s' * ((counts > 0).sum() > 1)} {', '.join(map(str, numbers[counts > 0][:8].tolist()))}"
-            for name, counts in bad.items()
-        ]
-        raise InvalidInputError(
-            four_part(
-                "; ".join(lines),
-                where=where,
-                expected="finite activations.",
-                fix="look at these sequences (packed[number]); load the model in float32 if its dtype overflows.",
-            )
-        )
-    return {name: value[mask] for name, value in values.items()}
 
 
 class _MixedRows:
@@ -272,7 +224,7 @@ class _MixedRows:
         n = len(next(iter(rows.values())))
         slots = self._order[self._n_live : self._n_live + n]
         for name, array in self._arrays.items():
-            _bits(array)[slots] = _bits(rows[name].astype(array.dtype, copy=False))
+            as_bits(array)[slots] = as_bits(rows[name].astype(array.dtype, copy=False))
         self._n_live += n
 
     def shuffle(self) -> None:
@@ -284,7 +236,7 @@ class _MixedRows:
     def take(self, n: int) -> dict[str, np.ndarray]:
         slots = self._order[self._position : self._position + n]
         self._position += n
-        return {name: _bits(array)[slots].view(array.dtype) for name, array in self._arrays.items()}
+        return {name: as_bits(array).take(slots, axis=0).view(array.dtype) for name, array in self._arrays.items()}
 
     def state(self) -> dict[str, Any]:
         counters = {"position": self._position, "n_live": self._n_live, "n_fills": self._n_fills}
@@ -293,7 +245,7 @@ class _MixedRows:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         for name, array in self._arrays.items():
-            _bits(array)[...] = _bits(np.ascontiguousarray(state["buffer"][name]))
+            as_bits(array)[...] = as_bits(np.ascontiguousarray(state["buffer"][name]))
         self._order = np.array(state["order"])
         self._position, self._n_live, self._n_fills = (int(state[k]) for k in ("position", "n_live", "n_fills"))
 
@@ -315,8 +267,3 @@ def _room(shape: tuple[int, int], dtype: np.dtype, directory: str | None, number
                 fix="free some space, choose another folder, or a smaller buffer.",
             )
         ) from error
-
-
-def _bits(array: np.ndarray) -> np.ndarray:
-    """The same memory as integers: NumPy moves rows of dtypes it does not know (bfloat16) one number at a time."""
-    return array.view(np.dtype(f"u{array.dtype.itemsize}"))
