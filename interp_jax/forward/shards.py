@@ -46,7 +46,7 @@ import numpy as np
 from interp_jax.data.text_streams import shuffled
 from interp_jax.forward.activation_files import Manifest, read_manifest, torn
 from interp_jax.forward.batch_streams import TimedStream, check_config, check_positive, check_seed, checksum
-from interp_jax.forward.site_values import as_bits
+from interp_jax.forward.site_values import rows_at
 
 # Orders have this in their keys, so that no two are made of the same numbers.
 _SHARDS, _ROWS = 3, 4
@@ -157,7 +157,7 @@ class _Shards:
                 first = offset - (int(ends[place]) - n_rows)
                 chosen = shuffled(n_rows, self._seed, _ROWS, epoch, shard)[first : first + count]
                 arrays = self._load(shard)
-                pieces.append({name: as_bits(array).take(chosen, axis=0).view(array.dtype) for name, array in arrays.items()})
+                pieces.append({name: rows_at(array, chosen) for name, array in arrays.items()})
                 start, count = start + len(chosen), count - len(chosen)
         if len(pieces) == 1:
             return pieces[0]

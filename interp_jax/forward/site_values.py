@@ -230,6 +230,11 @@ def as_bits(array: np.ndarray) -> np.ndarray:
     return array.view(np.dtype(f"u{array.dtype.itemsize}"))
 
 
+def rows_at(array: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """A copy of the rows of an `array` with these `numbers`."""
+    return as_bits(array).take(numbers, axis=0).view(array.dtype)
+
+
 def filled_up(rows: np.ndarray, n: int) -> np.ndarray:
     """The rows and then copies of the last one, `n` in all: a short batch in the shape of a full one."""
     return rows[np.minimum(np.arange(n), len(rows) - 1)]

@@ -49,7 +49,7 @@ from interp_jax.forward.batch_streams import (
     check_text,
     checksum,
 )
-from interp_jax.forward.site_values import Keep, SiteReader, as_bits, nothing_counts, read_rows, site_reader
+from interp_jax.forward.site_values import Keep, SiteReader, as_bits, nothing_counts, read_rows, rows_at, site_reader
 
 if TYPE_CHECKING:
     from interp_jax.models.language_model import LanguageModel
@@ -236,7 +236,7 @@ class _MixedRows:
     def take(self, n: int) -> dict[str, np.ndarray]:
         slots = self._order[self._position : self._position + n]
         self._position += n
-        return {name: as_bits(array).take(slots, axis=0).view(array.dtype) for name, array in self._arrays.items()}
+        return {name: rows_at(array, slots) for name, array in self._arrays.items()}
 
     def state(self) -> dict[str, Any]:
         counters = {"position": self._position, "n_live": self._n_live, "n_fills": self._n_fills}

@@ -57,9 +57,6 @@ def test_every_row_is_in_one_shard(rows: Path) -> None:
     assert (manifest.model, manifest.text, manifest.fingerprint) == ("telling", "rows", numbered(50).fingerprint)
     assert manifest.widths == {"embed": 2, "0.mlp_out": 1}
     assert manifest.dtypes == {"embed": "float32", "0.mlp_out": "float32"}
-        {"embed": 2, "0.mlp_out": 1},
-        dict.fromkeys(("embed", "0.mlp_out"), "float32"),
-    )
     tokens = [tokens_of_shard(rows, number) for number in range(10)]
     assert [len(one) for one in tokens] == [shard.n_rows for shard in manifest.shards] == [25] * 10
     assert sorted(np.concatenate(tokens)) == sorted(numbered(50)[:][:, 1:].reshape(-1))
