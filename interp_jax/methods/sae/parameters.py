@@ -167,10 +167,10 @@ def geometric_median(points: Any, *, n_steps: int = 100, tolerance: float = 1e-6
     points = np.asarray(points, np.float64)
     median = points.mean(axis=0)
     spread = np.linalg.norm(points - median, axis=1).mean()
-    for _ in range(n_steps):
+    for _ in range(n_steps if spread > 0 else 0):
         distances = np.linalg.norm(points - median, axis=1)
         # The iterate may sit on a point, whose weight would be infinite.
-        weights = 1 / np.maximum(distances, 1e-12 * spread + np.finfo(np.float64).tiny)
+        weights = 1 / np.maximum(distances, 1e-12 * spread)
         previous, median = median, weights @ points / weights.sum()
         if np.linalg.norm(median - previous) <= tolerance * spread:
             break
