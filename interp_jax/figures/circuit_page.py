@@ -35,7 +35,7 @@ summary { cursor: pointer; color: var(--quiet); font-size: 13px; margin-bottom: 
 
 SCRIPT = r"""
 const signed = (x) => x === null ? "" : (x > 0 ? "+" : "") + x.toFixed(3).replace("-", "−");
-const COLOURS = { head: "var(--series-1)", mlp: "var(--series-2)" };
+const COLOURS = { head: "var(--series-1)", mlp: "var(--series-3)" };
 
 const widest = Math.max(...DATA.nodes.map((n) => Math.abs(n.x))), rows = Math.max(...DATA.nodes.map((n) => n.y)) + 1;
 const stepX = 96, stepY = 58, width = Math.max(480, stepX * (2 * widest + 1.6)), height = stepY * rows + 12;
@@ -57,7 +57,7 @@ for (const edge of [...DATA.edges].reverse()) {
   const a = byName.get(edge.sender), b = byName.get(edge.target), middle = (y(a) + y(b)) / 2;
   edge.path = svg("path", {
     d: `M${x(a)},${y(a)} C${x(a)},${middle} ${x(b)},${middle} ${x(b)},${y(b)}`,
-    stroke: edge.score === null ? "var(--quiet)" : edge.score < 0 ? "var(--series-1)" : "var(--series-2)",
+    stroke: edge.score === null ? "var(--quiet)" : edge.score > 0 ? "var(--series-1)" : "var(--series-2)",
     "stroke-width": edge.score === null ? 1.4 : 0.6 + 5 * Math.abs(edge.score) / largest });
   edge.path.addEventListener("mouseenter", () => show([edge], words(edge)));
   edge.path.addEventListener("mouseleave", () => show([]));

@@ -179,7 +179,7 @@ def circuit_figure(circuit: Circuit, scores: Any = None, *, title: str = "", n_d
 
 def _caption(circuit: Circuit, scores: Any, n_drawn: int) -> str:
     shown = f", the strongest {n_drawn} drawn" if circuit.n_edges > n_drawn else ""
-    signs = "" if scores is None else "; blue: corrupting the edge lowers the metric, orange: raises it"
+    signs = "" if scores is None else "; blue: corrupting the edge raises the metric, orange: lowers it"
     return f"{circuit.n_edges} of {circuit.graph.n_edges} edges{shown}{signs}."
 
 
@@ -197,7 +197,7 @@ def _draw_edges(axes: Axes, nodes: list[PlacedNode], edges: list[DrawnEdge]) -> 
         ease = t * t * (3 - 2 * t)
         curves.append(np.stack([x0 + (x1 - x0) * ease, y0 + (y1 - y0) * t], axis=1))
         widths.append(1.0 if edge.score is None else 0.4 + 3.0 * abs(edge.score) / largest)
-        colours.append(QUIET if edge.score is None else SERIES[0 if edge.score < 0 else 1])
+        colours.append(QUIET if edge.score is None else SERIES[0 if edge.score > 0 else 1])
     axes.add_collection(LineCollection(curves, linewidths=widths, colors=colours, alpha=0.55, zorder=1))
 
 

@@ -22,13 +22,13 @@ _STYLE = """
   color-scheme: light dark;
   --surface: #ffffff; --raised: #f5f7fa; --line: #dde3ea; --ink: #17202b; --quiet: #5c6b7c;
   --low: #f3f7fb; --mid: #3f86cc; --high: #0a2f62; --on-high: #ffffff; --accent: #c2410c;
-  --series-1: #1d6fc0; --series-2: #d9771a;
+  --series-1: #1d6fc0; --series-2: #d9771a; --series-3: #6b4fa0;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --surface: #11161d; --raised: #19212b; --line: #2c3744; --ink: #e6ecf3; --quiet: #93a3b5;
     --low: #18202a; --mid: #3c7cba; --high: #b5defd; --on-high: #06121f; --accent: #fdba74;
-    --series-1: #62aef5; --series-2: #f2a65a;
+    --series-1: #62aef5; --series-2: #f2a65a; --series-3: #b9a2ee;
   }
 }
 * { box-sizing: border-box; }

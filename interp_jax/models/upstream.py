@@ -53,6 +53,7 @@ class ModelConfig:
         window: How many positions, its own included, a token can look at; None for all before it. A tuple when the
             layers differ.
         is_parallel: Whether attention and MLP both read `resid_pre`, so that there is no `resid_mid`.
+        score_cap: What keeps attention scores small: the softmax reads cap * tanh(score / cap). None without.
     """
 
     family: str
@@ -73,6 +74,7 @@ class ModelConfig:
     dtype: str
     window: int | tuple[int | None, ...] | None = None
     is_parallel: bool = False
+    score_cap: float | None = None
 
     def window_of(self, layer: int) -> int | None:
         """The window of one `layer`."""

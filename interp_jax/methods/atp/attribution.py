@@ -114,6 +114,7 @@ class Setup(NamedTuple):
     qk_sites: tuple[str, str] | None
     grad_drop: bool
     layers_per_step: int
+    score_cap: float | None
 
 
 def attribution_patching(
@@ -185,6 +186,7 @@ def attribution_patching(
         qk_sites if has_qk else None,
         grad_drop,
         layers_per_step,
+        None if lm.config is None else lm.config.score_cap,
     )
     estimates, scores, plain, scale_error = map(
         np.asarray, _attribute(setup, lm.params, clean, corrupted, np.int32(position), of_logits)
@@ -194,8 +196,8 @@ def attribution_patching(
             four_part(
                 f"Attention scores differ from scaled products of queries and keys by {scale_error:.1e} of their size",
                 where=f"the QK fix in {lm.name}",
-                expected="scores = scale * q . k (no soft cap, no bias by position).",
-                fix="pass qk_fix=False.",
+                expected="scores = scale * q . k, capped as config.score_cap says (no bias by position).",
+                fix="pass qk_fix=False; or give the model's config its score_cap.",
             )
         )
     finite(plain, what="The metric of the clean pass", where=where)
@@ -347,11 +349,18 @@ class _Attention(NamedTuple):
         scores = scores.reshape(scores.shape[0], n_kv, -1, *scores.shape[2:])
         visible = scores > _MASKED
         raw, seen = jnp.where(visible, products(q, k), 0.0), jnp.where(visible, scores, 0.0)
-        # The scale is upstream's own, whatever it is: read off its scores.
-        scale = (raw * seen).sum() / jnp.maximum((raw * raw).sum(), 1e-30)
-        error = jnp.abs(seen - scale * raw).max() / jnp.maximum(jnp.abs(seen).max(), 1e-30)
+        before, slope = _uncapped(seen, setup.score_cap)
+        # The scale is upstream's own, whatever it is: read off its scores, where the cap does not flatten them.
+        scale = (raw * before * slope).sum() / jnp.maximum((raw * raw * slope).sum(), 1e-30)
+        error = jnp.abs(seen - _capped(scale * raw, setup.score_cap)).max() / jnp.maximum(jnp.abs(seen).max(), 1e-30)
         v = values[Site(layer, "v")].astype(jnp.float32)
-        return cls(scores, scale * products(q_other - q, k), scale * products(q, k_other - k), visible, v, error)
+
+        def change(product: Any) -> Any:
+            if setup.score_cap is None:
+                return scale * product
+            return _capped(scale * (raw + product), setup.score_cap) - seen
+
+        return cls(scores, change(products(q_other - q, k)), change(products(q, k_other - k)), visible, v, error)
 
     def effects(self, name: str, of_z: Any) -> Any:
         """Effects of queries `[batch, pos, head]` or keys `[batch, pos, kv_head]`, given the gradient at z."""
@@ -361,6 +370,18 @@ class _Attention(NamedTuple):
             effects = query_effects(self.scores, g, self.of_query, self.visible)
             return effects.reshape(effects.shape[0], -1, effects.shape[-1]).swapaxes(1, 2)
         return key_effects(self.scores, g, self.of_key, self.visible).sum((2, 3)).swapaxes(1, 2)
+
+
+def _capped(scores: Any, cap: float | None) -> Any:
+    return scores if cap is None else cap * jnp.tanh(scores / cap)
+
+
+def _uncapped(scores: Any, cap: float | None) -> tuple[Any, Any]:
+    """The scores before the cap, and how much it lets through of a change of each."""
+    if cap is None:
+        return scores, jnp.ones_like(scores)
+    share = jnp.clip(scores / cap, -1 + 1e-6, 1 - 1e-6)
+    return cap * jnp.arctanh(share), 1 - share**2
 
 
 def _estimates(
