@@ -1,0 +1,282 @@
+"""SAEs in a forward pass: reconstructions in the place of activations, at one site or at several at once.
+
+Each SAE reads its site in the pass as it is by then, other SAEs' reconstructions before it included, and writes its
+site at all positions but those left untouched. With the error kept, what the SAE does not explain is added back, so
+that a pass changes by nothing but what is done to the latents:
+
+    error dropped   y becomes decode(edit(f))
+    error kept      y becomes y + decode(edit(f)) - decode(f)
+
+    logits = spliced_logits(lm, sae, tokens)
+    logits = spliced_logits(lm, [sae_3, sae_7], tokens, keep_error=True, edits={3: lambda f: f.at[..., 12].set(0.0)})
+
+What runs of a pass with one site is what comes after it (`running_pass.rest`), as often as there are values to try.
+
+>>> untouched(np.array([[-1, 7, 5, 7, 2]]), tokens=[7], n_first=1)
+array([[ True,  True, False,  True, False]])
+
+Sharp edges: an SAE reads before it writes; one that reads a site which another SAE writes reads what that one wrote.
+Sites with heads are read and written as one vector, heads side by side. Padding is never touched.
+
+Source: interp_jax; Marks et al. 2024 (2403.19647) for the kept error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from interp_jax.core.errors import InvalidInputError, ShapeError, UnknownNameError, four_part
+from interp_jax.core.sites import Site, select_sites
+from interp_jax.methods.sae.sae import SAE
+from interp_jax.transforms.compilations import counted_jit
+
+if TYPE_CHECKING:
+    from interp_jax.models.language_model import LanguageModel
+
+# From the number of an SAE, what it reads and what is at the site it writes, to what is there instead.
+Replacement = Callable[[int, jax.Array, jax.Array], jax.Array]
+
+
+@dataclass(frozen=True)
+class Splice:
+    """SAEs and the sites of a model they read and write.
+
+    Args:
+        saes: The SAEs.
+        reads: The site each of them reads.
+        writes: The site each of them writes.
+    """
+
+    saes: tuple[SAE, ...]
+    reads: tuple[Site, ...]
+    writes: tuple[Site, ...]
+
+    @property
+    def sites(self) -> list[Site]:
+        """All sites at which a pass has to stop."""
+        return list(dict.fromkeys((*self.reads, *self.writes)))
+
+
+def checked_splice(lm: LanguageModel, saes: SAE | Sequence[SAE], tokens: Any, *, where: str) -> Splice:
+    """SAEs with their sites, once it is known that these are in the model and fit.
+
+    Args:
+        lm: The model.
+        saes: One SAE or several.
+        tokens: Tokens of the shape in question, `[batch, pos]`.
+        where: The public call, for error messages.
+
+    Returns:
+        The splice.
+
+    Raises:
+        InvalidInputError: No SAE, one without a site or that writes before it reads, or two that write one site.
+        UnknownNameError: The model has no such site.
+        ShapeError: A site has another width.
+    """
+    saes = (saes,) if isinstance(saes, SAE) else tuple(saes)
+    if wrong := [sae for sae in saes if not isinstance(sae, SAE)]:
+        raise _refuse(f"{wrong[0]!r:.60} was given", where, "an SAE or several.", "load or train one.")
+    homeless = [sae for sae in saes if sae.read is None]
+    if not saes or homeless:
+        given = f"{homeless[0]} without a site" if saes else "No SAE"
+        raise _refuse(
+            f"{given} was given", where, "SAEs that say where they read.", 'use replace(sae, read=Site(5, "mlp_out")).'
+        )
+    rows = {row.site: row.value for row in lm.sites(tokens).rows}
+    reads, writes = [], []
+    for sae in saes:
+        read, write = (_one_site(site, list(rows), where) for site in (sae.read, sae.write or sae.read))
+        _check_width(sae, "reads", read, rows[read], sae.d_in, tokens, where)
+        _check_width(sae, "writes", write, rows[write], sae.d_out, tokens, where)
+        if list(rows).index(read) > list(rows).index(write):
+            raise _refuse(
+                f"{sae}, which writes {write} before {read} is there to be read, was given",
+                where,
+                "a read site no later than the write site.",
+                "choose sites in the order of the forward pass.",
+            )
+        reads.append(read)
+        writes.append(write)
+    if twice := sorted({str(site) for site in writes if writes.count(site) > 1}):
+        raise _refuse(
+            f"{len(saes)} SAEs were given, of which several write {', '.join(twice)}",
+            where,
+            "one SAE for each site that is written.",
+            "evaluate them one after the other.",
+        )
+    return Splice(saes, tuple(reads), tuple(writes))
+
+
+def _one_site(site: Any, sites: list[Site], where: str) -> Site:
+    picked = select_sites(site, sites, where=where)
+    if len(picked) != 1:
+        raise UnknownNameError(
+            four_part(
+                f"{str(site)!r} is {len(picked)} sites ({picked[0]} to {picked[-1]})",
+                where=where,
+                expected='one site, such as Site(5, "mlp_out").',
+                fix="name the layer.",
+            )
+        )
+    return picked[0]
+
+
+def _check_width(sae: SAE, does: str, site: Site, value: Any, width: int, tokens: Any, where: str) -> None:
+    shape = value.shape if hasattr(value, "shape") else ()
+    if shape[:2] != np.shape(tokens) or int(np.prod(shape[2:])) != width or len(shape) < 3:
+        raise ShapeError(
+            four_part(
+                f"{sae}, which {does} vectors of {width}, was given for {site} {list(shape)}",
+                where=where,
+                expected=f"a site [batch, pos, ...] with {width} numbers at each position.",
+                fix="use the SAE with the model and the site it was trained on.",
+            )
+        )
+
+
+def untouched(rows: np.ndarray, *, tokens: Iterable[int] = (), n_first: int = 0) -> np.ndarray:
+    """Where nothing is replaced: at padding, at some tokens, and at the first ones of each row.
+
+    Args:
+        rows: Token ids, `[batch, pos]`.
+        tokens: Ids of tokens such as BOS.
+        n_first: How many tokens at the start of each row, padding not counted.
+
+    Returns:
+        bool `[batch, pos]`.
+    """
+    number = np.cumsum(rows >= 0, axis=1)
+    return (rows < 0) | (number <= n_first) | np.isin(rows, np.asarray(list(tokens), np.int64))
+
+
+def spliced_passes(
+    lm: LanguageModel, splice: Splice, tokens: Any, replacements: Sequence[Replacement]
+) -> Iterator[jax.Array]:
+    """The logits of one pass for each of some ways to replace what the SAEs write.
+
+    Args:
+        lm: The model.
+        splice: The SAEs and their sites.
+        tokens: Token ids, `[batch, pos]`.
+        replacements: The ways.
+
+    Returns:
+        Logits, `[batch, pos, d_vocab]`, one after the other.
+    """
+    if len(splice.saes) > 1:
+        yield from (looped_pass(lm, splice, tokens, replace) for replace in replacements)
+        return
+    read = None
+    with lm.run(tokens, sites=splice.sites) as running_pass:
+        for layer, name, value in running_pass:
+            read = _flat(value) if Site(layer, name) == splice.reads[0] else read
+            if Site(layer, name) == splice.writes[0]:
+                for replace in replacements:
+                    yield running_pass.rest(_replaced(replace, 0, read, value))
+                return
+
+
+def looped_pass(lm: LanguageModel, splice: Splice, tokens: Any, replace: Replacement) -> jax.Array:
+    """The logits of a pass in which what every SAE writes is replaced.
+
+    Args:
+        lm: The model.
+        splice: The SAEs and their sites.
+        tokens: Token ids, `[batch, pos]`.
+        replace: What is there instead.
+
+    Returns:
+        Logits, `[batch, pos, d_vocab]`.
+    """
+    seen: dict[Site, Any] = {}
+    for layer, name, value in (running_pass := lm.run(tokens, sites=splice.sites)):
+        site = Site(layer, name)
+        if site in splice.writes:
+            number = splice.writes.index(site)
+            read = _flat(value) if splice.reads[number] == site else seen[splice.reads[number]]
+            running_pass.modified_value = _replaced(replace, number, read, value)
+        if site in splice.reads:
+            seen[site] = _flat(running_pass.modified_value)
+    return running_pass.retval
+
+
+def _replaced(replace: Replacement, number: int, read: Any, value: Any) -> jax.Array:
+    return replace(number, read, _flat(value)).reshape(value.shape)
+
+
+def _flat(value: Any) -> Any:
+    """Heads side by side: `[batch, pos, d]`."""
+    return value if value.ndim == 3 else value.reshape(*value.shape[:2], -1)
+
+
+def _blend(value: Any, new: Any, explained: Any, is_touched: Any) -> jax.Array:
+    """`new` where it is touched, with what `explained` (None: all) leaves of `value` added to it."""
+    if explained is not None:
+        new = value.astype(jnp.float32) + (new - explained)
+    new = jnp.broadcast_to(new, value.shape).astype(value.dtype)
+    return jnp.where(is_touched[..., None], new, value)
+
+
+blend = counted_jit(_blend, name="sae.blend")
+
+
+def spliced_logits(
+    lm: LanguageModel,
+    saes: SAE | Sequence[SAE],
+    tokens: Any,
+    *,
+    keep_error: bool = False,
+    edits: Mapping[int, Callable[[jax.Array], jax.Array]] | None = None,
+    untouched_tokens: Iterable[int] = (),
+    n_untouched: int = 0,
+) -> jax.Array:
+    """The logits when sites hold what SAEs make of them.
+
+    Args:
+        lm: The model.
+        saes: One SAE or several, each with its site.
+        tokens: Token ids, `[batch, pos]`.
+        keep_error: Whether what an SAE does not explain is added back.
+        edits: Number of an SAE among `saes` (0 if there is one) to a function of its latents `[batch, pos, latent]`.
+        untouched_tokens: Ids of tokens, such as BOS, at whose positions nothing is replaced.
+        n_untouched: At how many tokens at the start of each row nothing is replaced.
+
+    Returns:
+        Logits, `[batch, pos, d_vocab]`.
+
+    Raises:
+        InvalidInputError: An SAE without a site, or two that write one site, or an edit of an SAE that is not there.
+        UnknownNameError: The model has no such site.
+        ShapeError: A site has another width.
+    """
+    rows = np.asarray(lm.check_tokens(tokens, where="spliced_logits"))
+    splice = checked_splice(lm, saes, rows, where="spliced_logits")
+    edits = dict(edits or {})
+    if strange := [number for number in edits if number not in range(len(splice.saes))]:
+        raise _refuse(
+            f"An edit of SAE number {strange[0]!r} was given",
+            "spliced_logits",
+            f"numbers from 0 to {len(splice.saes) - 1}.",
+            "number the edits by the SAEs' places in the sequence.",
+        )
+    is_touched = ~untouched(rows, tokens=untouched_tokens, n_first=n_untouched)
+
+    def replace(number: int, x: jax.Array, y: jax.Array) -> jax.Array:
+        sae = splice.saes[number]
+        latents = sae.encode(x)
+        explained = sae.decode(latents, x)
+        new = sae.decode(edits[number](latents), x) if number in edits else explained
+        return blend(y, new, explained if keep_error else None, is_touched)
+
+    return next(spliced_passes(lm, splice, rows, [replace]))
+
+
+def _refuse(what: str, where: str, expected: str, fix: str) -> InvalidInputError:
+    return InvalidInputError(four_part(what, where=where, expected=expected, fix=fix))
