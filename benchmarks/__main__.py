@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-ALL = ("light", "unlistened", "loop", "harvest", "patching", "stacked", "loading")
+ALL = ("light", "unlistened", "loop", "harvest", "patching", "stacked", "loading", "activation_stream")
 
 
 def main(names: list[str]) -> int:

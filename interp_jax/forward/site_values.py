@@ -41,6 +41,10 @@ if TYPE_CHECKING:
 _WITHOUT_POSITIONS = ("attn_scores", "pattern")
 
 
+class NotFiniteError(InvalidInputError):
+    """Activations with NaN or infinities in them."""
+
+
 @dataclass(frozen=True)
 class Keep:
     """Which positions of a sequence count. Padding never does.
@@ -190,7 +194,7 @@ def read_rows(
         Site name to `[n, d]`.
 
     Raises:
-        InvalidInputError: A value is not finite.
+        NotFiniteError: A value is not finite.
     """
     tokens = np.asarray(lm.check_tokens(tokens, where=where))
     values, faults = jax.device_get(reader.read(lm.params, tokens, mask))
@@ -202,7 +206,7 @@ def read_rows(
             f"sequence{'s' * int((counts > 0).sum() > 1)} {', '.join(map(str, numbers[counts > 0][:8].tolist()))}"
             for name, counts in bad.items()
         ]
-        raise InvalidInputError(
+        raise NotFiniteError(
             four_part(
                 "; ".join(lines),
                 where=where,

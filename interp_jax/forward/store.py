@@ -30,6 +30,7 @@ Source: interp_jax; the buffer that is filled up at half is the one of Bricken e
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,16 @@ from interp_jax.forward.batch_streams import (
     check_text,
     checksum,
 )
-from interp_jax.forward.site_values import Keep, SiteReader, as_bits, nothing_counts, read_rows, rows_at, site_reader
+from interp_jax.forward.site_values import (
+    Keep,
+    NotFiniteError,
+    SiteReader,
+    as_bits,
+    nothing_counts,
+    read_rows,
+    rows_at,
+    site_reader,
+)
 
 if TYPE_CHECKING:
     from interp_jax.models.language_model import LanguageModel
@@ -86,6 +96,8 @@ class ActivationStream(TimedStream):
         seed: Of the order of sequences and rows.
         keep: Which positions count; by default all but the first and those of special tokens.
         buffer: The buffer's size, place and dtype.
+        n_faults_allowed: How many passes of the model may have values that are not finite. Each is left out, with a
+            warning; one more raises.
 
     Raises:
         UnknownNameError: A part of the selector matches no site.
@@ -102,6 +114,7 @@ class ActivationStream(TimedStream):
         seed: int = 0,
         keep: Keep | None = None,
         buffer: Buffer | None = None,
+        n_faults_allowed: int = 0,
     ):
         super().__init__()
         self._lm, self._packed, self._seed, self.batch_size = lm, packed, seed, batch_size
@@ -122,7 +135,7 @@ class ActivationStream(TimedStream):
                 )
             )
         self._rows = _MixedRows(self._reader, self._settings, seed)
-        self._next_sequence = 0
+        self._next_sequence, self._n_faults, self._n_faults_allowed = 0, 0, n_faults_allowed
         rule = f"{self._keep} {self._reader.sites} {self._rows.dtypes}"
         self._config = {
             "seed": seed,
@@ -147,7 +160,7 @@ class ActivationStream(TimedStream):
         """The next batch: site name to `[batch_size, width]`.
 
         Raises:
-            InvalidInputError: A value is not finite. The stream can still go on, after the sequences of that pass.
+            NotFiniteError: A value is not finite. The stream can still go on, after the sequences of that pass.
         """
         started = time.perf_counter()
         if self._rows.n_left < self._settings.n_rows // 2:
@@ -158,13 +171,14 @@ class ActivationStream(TimedStream):
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands, the buffer's contents included."""
-        return {"config": dict(self._config), "next_sequence": self._next_sequence, **self._rows.state()}
+        counters = {"next_sequence": self._next_sequence, "n_faults": self._n_faults}
+        return {"config": dict(self._config), **counters, **self._rows.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state` of a stream that was made alike."""
         check_config(state, self._config, where="ActivationStream.restore")
         self._rows.restore(state)
-        self._next_sequence = int(state["next_sequence"])
+        self._next_sequence, self._n_faults = int(state["next_sequence"]), int(state["n_faults"])
 
     def _refill(self) -> None:
         """Run the model until no further pass fits into the buffer, then shuffle."""
@@ -179,9 +193,14 @@ class ActivationStream(TimedStream):
                 raise nothing_counts(self._packed.name, self._keep, where="ActivationStream")
             try:
                 rows = read_rows(self._lm, self._reader, tokens, mask, chosen, where="ActivationStream")
-            except InvalidInputError:
-                self._next_sequence += n_sequences  # Whoever goes on does so with what comes after.
-                raise
+            except NotFiniteError as error:
+                self._next_sequence += n_sequences
+                self._n_faults += 1
+                if self._n_faults > self._n_faults_allowed:
+                    raise
+                what = str(error).partition(" in ActivationStream")[0]
+                warnings.warn(f"{what}: the {n_sequences} sequences of that pass are left out.", stacklevel=3)
+                continue
             self._rows.put(rows)
             self._next_sequence += n_sequences
         self._rows.shuffle()

@@ -15,7 +15,7 @@ import pytest
 
 from interp_jax.core.errors import InvalidInputError, UnknownNameError
 from interp_jax.data.text_streams import pack, packed_rows
-from interp_jax.forward.site_values import Keep, activations_of
+from interp_jax.forward.site_values import Keep, NotFiniteError, activations_of
 from interp_jax.forward.store import ActivationStream, Buffer
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.upstream import Upstream
@@ -153,6 +153,23 @@ def test_numbers_that_are_not_finite_are_named_and_passed_over() -> None:
     assert "Fix: look at these sequences (packed[number]); load the model in float32" in messages[0]
     assert sequence not in {token // N_CTX for token in tokens}
     assert len({token // N_CTX for token in tokens}) >= 9
+
+
+def test_a_stated_number_of_faults_is_left_out() -> None:
+    small = Buffer(n_rows=12 * N_CTX, sequences_per_pass=2)
+    stream = ActivationStream(faulty(45), numbered(12), "embed", batch_size=6, buffer=small, n_faults_allowed=2)
+    with (
+        pytest.warns(UserWarning, match="left out") as warned,
+        pytest.raises(NotFiniteError, match="embed has 3 of 30 numbers"),
+    ):
+        take(stream, 1000)
+    words = "embed has 3 of 30 numbers that are not finite, in sequence 7: the 2 sequences of that pass are left out."
+    assert [str(warning.message) for warning in warned] == [words] * 2
+    # The count is part of the state: a run that is resumed does not begin anew to count.
+    again = ActivationStream(faulty(45), numbered(12), "embed", batch_size=6, buffer=small, n_faults_allowed=3)
+    again.restore(stream.state())
+    with pytest.raises(NotFiniteError):
+        take(again, 100)
 
 
 def test_it_goes_on_the_same_after_a_fault() -> None:
