@@ -27,6 +27,7 @@ from interp_jax.methods.sae import parameters
 from interp_jax.methods.sae.architecture import Architecture, TrainPass
 from interp_jax.methods.sae.jump_relu import JumpReLU
 from interp_jax.methods.sae.parameters import Params
+from interp_jax.methods.sae.sparse import largest
 from interp_jax.methods.sae.top_k import check_k
 
 THRESHOLD_DECAY = 0.999
@@ -84,11 +85,11 @@ def batch_top_k(pre: jax.Array, k: int) -> jax.Array:
     (n_batch, n_latents), seen = latents.shape, lax.stop_gradient(latents)
 
     def smallest_kept(values: jax.Array) -> jax.Array:
-        return jnp.min(lax.top_k(values.reshape(-1), n_batch * k)[0])
+        return jnp.min(largest(values.reshape(1, -1), n_batch * k)[0])
 
     # Few rows keep more than a multiple of the mean: looking at the largest of each row is enough, unless it is not.
     n_candidates = min(4 * k, n_latents)
-    candidates = lax.top_k(seen, n_candidates)[0]
+    candidates, _ = largest(seen, n_candidates)
     smallest = smallest_kept(candidates)
     if n_candidates < n_latents:
         is_enough = jnp.all(candidates[:, -1] <= smallest)

@@ -29,7 +29,7 @@ from jax import lax
 
 from interp_jax.core.errors import InvalidInputError, UnknownNameError, four_part
 from interp_jax.methods.sae import parameters
-from interp_jax.methods.sae.sparse import sparse_matmul
+from interp_jax.methods.sae.sparse import largest, sparse_matmul
 
 KINDS = ("original", "rescaled", "dead_only_rescaled")
 
@@ -147,9 +147,10 @@ class AuxK:
         del step, dtype
         residual, d_out = lax.stop_gradient(residual), W_dec.shape[1]
         k = min(self.k or max(d_out // 2, 1), len(dead))
-        values, indices = lax.top_k(jnp.where(dead[None], pre, -jnp.inf), k)
-        # Fewer may be dead than k: the rest are at minus infinity.
-        written = sparse_matmul(jnp.where(values > 0, values, 0.0), indices, W_dec)
+        _, indices = largest(jnp.where(dead[None], pre, -jnp.inf), k)
+        values = jnp.where(dead[indices], jnp.take_along_axis(pre, indices, axis=1), 0.0)
+        # Fewer may be dead than k: the rest count for nothing.
+        written = sparse_matmul(jax.nn.relu(values), indices, W_dec)
         error = jnp.square(residual - written).sum(axis=-1).mean()
         variance = jnp.square(residual - residual.mean(axis=0, keepdims=True)).sum(axis=-1).mean()
         return jnp.where(

@@ -21,7 +21,6 @@ from typing import Any, ClassVar, final
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from interp_jax.core.errors import InvalidInputError, four_part
 from interp_jax.methods.sae import parameters
@@ -53,16 +52,19 @@ class TopK(Architecture):
     def encode(self, params: Params, x: jax.Array) -> jax.Array:
         """The k largest pre-activations of `x` under `params`."""
         pre, _ = parameters.pre_activations(params, x, is_centred=self.is_centred)
-        return densify(SparseLatents(*_relu(*lax.top_k(pre, self.k))), pre.shape[-1])
+        return densify(top_k_latents(*self._encoder(params, x), pre, self.k), pre.shape[-1])
 
     def train_pass(self, params: Params, x: jax.Array, y: jax.Array, *, dtype: Any = jnp.float32) -> TrainPass:
         """One batch of `params` from `x` to `y`, with factors of `dtype`; only chosen rows are touched."""
         pre, for_dead = parameters.pre_activations(params, x, is_centred=self.is_centred, dtype=dtype)
-        inputs = x - params["b_dec"][None] if self.is_centred else x
-        W_enc = parameters.encoder_weights(params)
-        sparse = top_k_latents(inputs, W_enc, params["b_enc"], pre, self.k)
+        sparse = top_k_latents(*self._encoder(params, x), pre, self.k)
         reconstruction = sparse_matmul(*sparse, params["W_dec"]) + parameters.offset(params, x, dtype=dtype)
         return TrainPass(for_dead, sparse, reconstruction, penalty=jnp.zeros(()), auxiliary=jnp.zeros(()))
+
+    def _encoder(self, params: Params, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What pre-activations are computed from."""
+        inputs = x - params["b_dec"][None] if self.is_centred else x
+        return inputs, parameters.encoder_weights(params), params["b_enc"]
 
 
 def check_k(k: int, n_latents: int, *, where: str) -> None:
@@ -82,7 +84,3 @@ def densify(sparse: SparseLatents, n_latents: int) -> jax.Array:
     """The latents as `[batch, latent]`."""
     rows = jnp.arange(sparse.values.shape[0])[:, None]
     return jnp.zeros((sparse.values.shape[0], n_latents)).at[rows, sparse.indices].add(sparse.values)
-
-
-def _relu(values: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jax.nn.relu(values), indices
