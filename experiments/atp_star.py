@@ -8,18 +8,23 @@ back; GradDrop brings back nodes whose direct and indirect effects cancel, for o
 
 Found (46800 nodes, 3 pairs): at one position gradients are nearly right, and there is little to mend. Nobody misses any
 of the true top 50. The QK fix makes queries and keys better and all 50 found; GradDrop costs more than it brings until
-some 550 nodes are asked for: for the true top 1000, AtP* spends 1199 forward passes and AtP 1464.
+some 550 nodes are asked for: for the true top 1000, AtP* spends 1199 forward passes and AtP 1464. Without gradients the
+top 50 cost 1903 passes at best, where AtP with the QK fix spends 52.
 
     method         rank correlation (q, k)    found of 50   cost   times the oracle's, K to 1000
-    AtP            0.9998 (0.9978, 0.9970)    48             2      2.06
-    AtP + QK fix   0.9998 (0.9998, 0.9999)    50             2      1.75
-    GradDrop       0.9950 (0.9966, 0.9921)    47            62      5.90
-    AtP*           0.9951 (0.9982, 0.9941)    49            62      5.64
-    random order                                            0   1631
+    AtP            0.9999 (0.9978, 0.9969)    48             2      2.06
+    AtP + QK fix   0.9999 (0.9998, 0.9999)    50             2      1.75
+    GradDrop       0.9951 (0.9966, 0.9926)    47            62      5.90
+    AtP*           0.9951 (0.9983, 0.9946)    49            62      5.64
+    hierarchical                                          2048     57
+    blocks                                                 732    177
+    subsampling                                           1024    387
+    random order                                             0   1631
 
-The largest: the query of head 24.4 (2.4), the outputs of 23.3 (2.3), 20.0 (1.6), 24.4 (1.5), 29.1 (1.4). On two cores
-wanted by ten other processes the exact effects took 203, 181 and 260 seconds (pair by pair, joined by `exact`), the
-scores 56 and 105, compiling included.
+The largest: the query of head 24.4 (2.4), the outputs of 23.3 (2.3), 20.0 (1.6), 24.4 (1.5), 29.1 (1.4). Of what AtP*
+leaves unverified, 1024 random subsets say that nothing exceeds 0.22, at 99 %; the largest is 0.12. All of it took 9.6
+minutes of processor time, figures and compiling included, and 12.3 minutes on two cores wanted by ten other processes:
+the exact effects 9.3 of these, the baselines 1.4.
 
 >>> Config().top_k, SMOKE.pairs.family
 (50, 'induction')
@@ -97,7 +102,7 @@ class Config:
     missed_rank: int = 200
     max_k: int = 1000
     n_subsets: int = 1024
-    probability: float = 0.01
+    probability: float = 0.03
     block_size: int = 64
     n_children: int = 8
     n_splits: int = 2048

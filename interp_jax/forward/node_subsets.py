@@ -32,7 +32,7 @@ import numpy as np
 
 from interp_jax.core.errors import InvalidInputError, ShapeError, four_part
 from interp_jax.core.sites import Site
-from interp_jax.forward.metrics import Metric, metric_values, prepared
+from interp_jax.forward.metrics import Metric, finite, metric_values, prepared
 from interp_jax.forward.node_effects import Cut, cut_pass, first_position, pass_from
 from interp_jax.forward.nodes import NodeGroup, NodeSet, check_nodes, check_pair
 from interp_jax.forward.sweeps import STEP_BYTES
@@ -51,6 +51,7 @@ class SubsetPatching:
     Args:
         lm: The model.
         clean: Token ids of the prompts that are patched, int32 `[batch, pos]`.
+        is_same: Which rows of the batch have the same prompt twice, bool `[batch]`.
         cut: The part of the pass over them that is run.
         sources: By site, the values that are put in, over the positions of that part.
         metric: A function from logits to `[batch]`.
@@ -61,6 +62,7 @@ class SubsetPatching:
 
     lm: LanguageModel
     clean: np.ndarray
+    is_same: np.ndarray
     cut: Cut
     sources: dict[Site, Any]
     metric: Any
@@ -92,6 +94,7 @@ class SubsetPatching:
 
         Raises:
             ShapeError: The masks are not bool `[subset, node]`.
+            InvalidInputError: The metric is not finite with a subset patched.
         """
         masks = np.asarray(masks)
         if masks.dtype != bool or masks.ndim != 2 or masks.shape[1] != self.nodes.n_nodes:
@@ -103,7 +106,9 @@ class SubsetPatching:
                     fix="to patch single nodes give rows of np.eye(n_nodes, dtype=bool).",
                 )
             )
-        return _metrics(self, masks) - self.plain[:, None]
+        effects = _metrics(self, masks) - self.plain[:, None]
+        # Two programs round differently; equal prompts have equal values all the same.
+        return np.where(self.is_same[:, None], np.float32(0), effects)
 
     def __repr__(self) -> str:
         return f"SubsetPatching({len(self.clean)} pairs of {self.clean.shape[1]} tokens, {self.nodes!r})"
@@ -134,7 +139,8 @@ def subset_patching(
     Raises:
         ShapeError: The prompts differ in shape, or the metric does not return one float per row of the batch.
         InvalidInputError: The prompts are padded at different places, there are no nodes or they are of other prompts,
-            the metric reads a token or a position that is not there, or `rows_per_step` is not positive.
+            the metric is not finite or reads a token or a position that is not there, or `rows_per_step` is not
+            positive.
     """
     where = "subset_patching"
     clean, corrupted = check_pair(lm, clean, corrupted, where=where)
@@ -153,7 +159,8 @@ def subset_patching(
         rows_per_step = int(np.clip(STEP_BYTES // max(1, bytes_per_row), 1, 64))
     fn, args, _ = pass_from(lm, corrupted, cut.start)
     sources = passes.read(fn, args, nodes.sites, where=where)
-    patching = SubsetPatching(lm, clean, cut, sources, metric, nodes, np.zeros(len(clean), np.float32), rows_per_step)
+    is_same, zeros = (clean == corrupted).all(1), np.zeros(len(clean), np.float32)
+    patching = SubsetPatching(lm, clean, is_same, cut, sources, metric, nodes, zeros, rows_per_step)
     # The empty subset, by the same program: so what changes nothing has an effect of exactly 0.
     return dataclasses.replace(patching, plain=_metrics(patching, np.zeros((1, nodes.n_nodes), bool))[:, 0])
 
@@ -189,7 +196,7 @@ def _metrics(patching: SubsetPatching, masks: np.ndarray) -> np.ndarray:
         if cut.until is not None:
             new = cut.metric(cut.args[0], new)
         found.append(np.asarray(new)[: len(masks) - start])
-    return np.concatenate(found).T
+    return finite(np.concatenate(found).T, where="subset_patching")
 
 
 def _patched(

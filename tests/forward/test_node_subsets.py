@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -61,6 +62,14 @@ def test_a_subset_of_one_is_one_node_and_none_is_nothing(tiny_llama, patching, r
     assert patching.per_pair(np.zeros((0, nodes.n_nodes), bool)).shape == (2, 0)
 
 
+def test_equal_prompts_have_no_effect_at_all(tiny_llama, patching):
+    mixed = np.stack([CLEAN[0], CORRUPTED[1]])
+    with pytest.warns(UserWarning, match=r"Rows \[0\] are the same clean and corrupted"):
+        half = subset_patching(tiny_llama, CLEAN, mixed, METRIC, patching.nodes, rows_per_step=16)
+    effects = half.per_pair(np.ones((1, patching.nodes.n_nodes), bool))
+    assert effects[0] == 0 and effects[1] != 0
+
+
 def test_other_subsets_and_prompts_compile_nothing(tiny_llama, patching, rng):
     nodes = patching.nodes
     with count_compilations() as new:
@@ -98,5 +107,7 @@ def test_what_cannot_be_patched_is_refused(tiny_llama, patching):
         subset_patching(tiny_llama, CLEAN[:, 1:], CORRUPTED[:, 1:], METRIC, nodes)
     with pytest.raises(ShapeError, match=r"Clean tokens[\s\S]*Fix:"):
         subset_patching(tiny_llama, CLEAN, CORRUPTED[:1], METRIC, nodes)
+    with pytest.raises(InvalidInputError, match=r"The metric is nan \(2 of 2 numbers[\s\S]*Fix:"):
+        subset_patching(tiny_llama, CLEAN, CORRUPTED, lambda logits: jnp.log(-jnp.abs(logits[:, -1, 0])), nodes)
     with pytest.raises(ShapeError, match=r"The metric returned float32\[2, 5\][\s\S]*Fix:"):
         subset_patching(tiny_llama, CLEAN, CORRUPTED, lambda logits: logits[..., 0], nodes)

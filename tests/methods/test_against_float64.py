@@ -148,8 +148,12 @@ def test_effects_and_estimates_of_some_nodes_of_every_kind(rng, shape) -> None:
     corrupted = clean.copy()
     corrupted[1:] = (clean[1:] + 1 + rng.integers(0, D_VOCAB - 1, POS - 1)) % D_VOCAB
     nodes = node_set(lm, clean[None], NAMES)
-    exact = activation_patching(lm, clean[None], corrupted[None], METRIC, nodes, progress=False).effects[0]
-    found = attribution_patching(lm, clean[None], corrupted[None], METRIC, nodes)
+    pair = np.stack([clean, clean]), np.stack([corrupted, clean])  # The second row has the same prompt twice.
+    with pytest.warns(UserWarning, match=r"Rows \[1\] are the same clean and corrupted"):
+        exact, same = activation_patching(lm, *pair, metric=METRIC, nodes=nodes, progress=False).effects
+    with pytest.warns(UserWarning, match=r"Rows \[1\] are the same clean and corrupted"):
+        found = attribution_patching(lm, *pair, metric=METRIC, nodes=nodes)
+    assert not same.any() and not found.estimates[1].any() and not found.scores[1].any()
     slow, chosen = Slow(lm), np.sort(rng.choice(nodes.n_nodes, 60, replace=False))
     plain, values = slow.run(clean, {})
     _, other = slow.run(corrupted, {})
