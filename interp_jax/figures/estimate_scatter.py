@@ -198,11 +198,18 @@ def scatter_page(
             }
             for name, values in given.items()
         ],
-        "ends": _ends(given, truth),
+        "ends": _ends_of_shown([values[kept] for values in (truth, *given.values())], _ends(given, truth)),
     }
     heading = "Estimates against exact patching" + (f": {title}" if title else "")
     body = _BODY.format(heading=escape(heading), n_kept=len(kept), n_nodes=len(nodes))
     return html_page(heading, body=body, style=_STYLE, script=_SCRIPT, data=data)
+
+
+def _ends_of_shown(shown: list[np.ndarray], ends: tuple[float, float]) -> tuple[float, float]:
+    """The same ends, but no lower than the smallest number that is shown."""
+    numbers = np.concatenate(shown)
+    low = float(numbers.min(where=numbers > 0, initial=np.inf)) / 1.6
+    return (max(low, ends[0]) if np.isfinite(low) else ends[0]), ends[1]
 
 
 def _ends(given: Mapping[str, np.ndarray], truth: np.ndarray) -> tuple[float, float]:
