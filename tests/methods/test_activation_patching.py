@@ -64,6 +64,23 @@ def test_effects_are_those_of_one_pass_per_node(tiny, pair, direction) -> None:
     np.testing.assert_allclose(np.asarray(result.other), METRIC(tiny(source)), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_smollm2_has_the_effects_that_three_other_tools_find(smollm2) -> None:
+    """TransformerLens 4.3.0, nnsight 0.8.1 and a loop by hand in PyTorch 2.13, in float32, agree to these digits."""
+    clean, corrupted = (
+        smollm2.tokenize(f"Then, Mary and John went to the shop, and {name} gave a bag to") for name in ("John", "Mary")
+    )
+    mary, john = (int(smollm2.tokenize(name)[0, 0]) for name in (" Mary", " John"))
+    nodes = node_set(smollm2, clean, ["resid_pre"])
+    metric = logit_difference(mary, john)
+    result = activation_patching(smollm2, clean, corrupted, metric, nodes, direction="denoising", progress=False)
+    shares = nodes.grid("resid_pre", result.normalised[0])[..., 0]
+    assert shares.shape == (30, 16)
+    assert shares.sum() == pytest.approx(29.622, abs=1e-3)
+    assert np.abs(shares).max() == pytest.approx(1.0207, abs=1e-4)
+    assert shares[15, -1] == pytest.approx(-0.010772, abs=1e-6)
+
+
 def test_any_metric_stacked_layers_and_steps_give_the_same(tiny_llama, pair, rng) -> None:
     clean, corrupted = pair
     nodes = node_set(tiny_llama, clean, ["z", "mlp_out"])
