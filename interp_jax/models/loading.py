@@ -229,7 +229,7 @@ def _found(name_or_path: str | os.PathLike[str]) -> Path:
     if not looks_like_path:
         if name in PUBLISHED:
             return fetched(PUBLISHED[name])
-        if (cached := _in_hub_cache(name)) is not None:
+        if (cached := in_hub_cache(name)) is not None:
             return cached
     if looks_like_path or path.exists() or len(path.parts) > 2:
         raise LoadError(
@@ -252,8 +252,8 @@ def _found(name_or_path: str | os.PathLike[str]) -> Path:
     )
 
 
-def _in_hub_cache(name: str) -> Path | None:
-    """The newest snapshot of a model's main branch in the local Hugging Face cache; nothing is downloaded."""
+def in_hub_cache(name: str) -> Path | None:
+    """The newest snapshot of the main branch of the repository `name` in the local Hugging Face cache, or None."""
     base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     home = os.environ.get("HF_HOME") or f"{base}/huggingface"
     hub = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()

@@ -65,7 +65,8 @@ class Normalization:
             return x * scale, lambda y: y / scale
         if self.rule == "layer":
             mean, std = x.mean(axis=-1, keepdims=True), x.std(axis=-1, keepdims=True, ddof=1)
-            return (x - mean) / (std + STD_EPSILON), lambda y: y * (std + STD_EPSILON) + mean
+            # Restored without the epsilon, as the published SAEs under this rule were trained.
+            return (x - mean) / (std + STD_EPSILON), lambda y: y * std + mean
         norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
         factor = jnp.sqrt(jnp.asarray(x.shape[-1], x.dtype)) / jnp.where(norm > 0, norm, 1.0)
         return x * factor, lambda y: y / factor

@@ -183,6 +183,23 @@ def _check_files(files: Mapping[Path, set[str] | None]) -> None:
         )
 
 
+def open_tensors(path: Path) -> Tensors:
+    """The tensors of one file, read when they are looked up.
+
+    Args:
+        path: A safetensors file.
+
+    Returns:
+        The tensors, in the order of the file.
+
+    Raises:
+        LoadError: The file is damaged or truncated.
+        UnsupportedModelError: It holds a dtype numpy has no type for.
+    """
+    _check_files({path: None})
+    return Tensors(_open_file(path))
+
+
 def _open_file(path: Path) -> dict[str, LazyTensor]:
     """The tensors of one file, which is known to be whole."""
     # The library checked the file; it is read without it, since what it maps counts as memory of this process.

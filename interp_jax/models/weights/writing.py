@@ -24,7 +24,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,23 +61,61 @@ def write_directory(
         InvalidInputError: Something is there, and it is not a model directory or not to be replaced.
         ExportError: It could not be written; nothing has changed.
     """
+    return write_whole(
+        directory,
+        lambda part: _write(part, files, tensors, max_file_bytes),
+        n_bytes=sum(map(tensors.n_bytes, tensors)),
+        verb="export",
+        mark="config.json",
+        noun="model",
+        overwrite=overwrite,
+    )
+
+
+def write_whole(
+    directory: Path,
+    write: Callable[[Path], None],
+    *,
+    n_bytes: int,
+    verb: str,
+    mark: str,
+    noun: str,
+    overwrite: bool = False,
+) -> Path:
+    """Give a directory its name once everything in it is on disk.
+
+    Args:
+        directory: Where; it must not exist, or be empty, unless `overwrite`.
+        write: Puts the files into the directory it is given.
+        n_bytes: How much that is, about.
+        verb: The public call, for messages.
+        mark: The file by which a directory that may be replaced is known.
+        noun: What is written, for messages.
+        overwrite: Whether to replace such a directory.
+
+    Returns:
+        The directory.
+
+    Raises:
+        InvalidInputError: Something is there, and it has no `mark` or is not to be replaced.
+        ExportError: It could not be written; nothing has changed.
+    """
     directory = Path(os.path.abspath(directory.expanduser()))
-    _check_target(directory, overwrite)
-    n_bytes = sum(map(tensors.n_bytes, tensors))
+    _check_target(directory, verb, mark, noun, overwrite)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         if n_bytes > (n_free := shutil.disk_usage(directory.parent).free):
             raise OSError(f"{n_bytes / 1e6:,.0f} MB to write, {n_free / 1e6:,.0f} MB free")
         part = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-part-"))
         try:
-            _write(part, files, tensors, max_file_bytes)
+            write(part)
             _publish(part, directory)
         finally:
             shutil.rmtree(part, ignore_errors=True)  # gone already if all went well
     except OSError as error:
         raise ExportError(
             four_part(
-                f"Cannot write the model ({error})",
+                f"Cannot write the {noun} ({error})",
                 where=str(directory),
                 expected=f"a directory that may be written to, with {n_bytes / 1e6:,.0f} MB of room beside it.",
                 fix="free some space or choose another directory; nothing there has changed.",
@@ -86,21 +124,22 @@ def write_directory(
     return directory
 
 
-def _check_target(directory: Path, overwrite: bool) -> None:
+def _check_target(directory: Path, verb: str, mark: str, noun: str, overwrite: bool) -> None:
     """Refuse to write over anything that is not asked for."""
     if not os.path.lexists(directory) or (directory.is_dir() and not any(directory.iterdir())):
         return
-    is_model = (directory / "config.json").is_file()
-    if overwrite and is_model:
+    is_known = (directory / mark).is_file()
+    if overwrite and is_known:
         return
-    what = "a model directory" if is_model else "a directory with other files" if directory.is_dir() else "a file"
+    known = f"a {noun} directory"
+    what = known if is_known else "a directory with other files" if directory.is_dir() else "a file"
     raise InvalidInputError(
         four_part(
             f"{what.capitalize()} is there already",
-            where=f"export({str(directory)!r})",
+            where=f"{verb}({str(directory)!r})",
             expected="a directory that does not exist yet, or an empty one"
-            + ("; a model directory is replaced with overwrite=True." if is_model else "."),
-            fix="pass overwrite=True, or choose another directory." if is_model else "choose another directory.",
+            + (f"; {known} is replaced with overwrite=True." if is_known else "."),
+            fix="pass overwrite=True, or choose another directory." if is_known else "choose another directory.",
         )
     )
 
@@ -118,9 +157,7 @@ def _write(part: Path, files: Mapping[str, bytes], tensors: Tensors, max_file_by
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         files = {**files, INDEX: (json.dumps(index, indent=2) + "\n").encode()}
     for name, content in files.items():
-        with open(part / name, "wb") as stream:
-            stream.write(content)
-            _sync(stream)
+        write_file(part / name, content)
 
 
 def _grouped(tensors: Tensors, max_file_bytes: int) -> list[list[str]]:
@@ -152,6 +189,16 @@ def _write_tensors(path: Path, names: Sequence[str], tensors: Tensors) -> None:
         for name in names:
             values = np.ascontiguousarray(tensors[name], dtype=tensors.dtype(name)).reshape(-1)
             stream.write(values.view(np.uint8).data)
+        _sync(stream)
+
+
+def write_file(path: Path, contents: bytes | Tensors) -> None:
+    """Write `contents`, bytes or the tensors of a safetensors file, to `path`, and wait until they are on disk."""
+    if isinstance(contents, Tensors):
+        _write_tensors(path, sorted(contents, key=lambda name: (-contents.dtype(name).itemsize, name)), contents)
+        return
+    with open(path, "wb") as stream:
+        stream.write(contents)
         _sync(stream)
 
 
