@@ -219,6 +219,19 @@ def test_an_sae_that_loses_nothing_recovers_everything_exactly(toy, toy_tokens):
     assert evaluation.kl["spliced"] == 0
 
 
+def test_a_sixteen_bit_model_is_measured_in_float32_and_left_as_it_is(toy, toy_tokens, key):
+    short = replace(toy, params=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), toy.params))
+    site = (1, "mlp_out")
+    identity = evaluate_sae(short, identity_sae(site), toy_tokens, **QUIET)
+    kept = evaluate_sae(short, random_sae(key, site), toy_tokens, keep_error=True, **QUIET)
+    assert identity.losses == kept.losses
+    assert identity.losses["spliced"] == identity.losses["clean"]
+    # Cut at the same site: a program of the whole may round in other places.
+    logits = short.intervene(toy_tokens, {"1.mlp_out": lambda value: value})
+    by_name = {"clean": logits.astype(jnp.float32)}
+    assert_losses(evaluate_sae(short, identity_sae(site), toy_tokens, ablations=(), **QUIET), by_name, toy_tokens)
+
+
 def test_an_sae_that_is_an_ablation_recovers_nothing_of_it(toy, toy_tokens):
     zero = evaluate_sae(toy, constant_sae((1, "mlp_out"), np.zeros(D)), toy_tokens, **QUIET)
     assert zero.losses["spliced"] == zero.losses["zero"]
