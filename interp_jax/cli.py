@@ -4,6 +4,7 @@
     interp-jax lens "The capital of France is"
     interp-jax doctor smollm2-135m        is what I read what I think it is?
     interp-jax patches                    does every patch set fit the upstream code installed here?
+    interp-jax run atp_star --top-k 20    an experiment; every field of its Config is a flag
 
 >>> main(["lens", ""])
 2
@@ -34,7 +35,7 @@ from interp_jax.core.errors import InterpError, InvalidInputError, UnknownNameEr
 if TYPE_CHECKING:
     from interp_jax.models.language_model import LanguageModel
 
-COMMANDS = ("demo", "lens", "doctor", "patches")
+COMMANDS = ("demo", "lens", "doctor", "patches", "run")
 DEFAULT_MODEL = "smollm2-135m"
 _MODEL_HELP = "a name (smollm2-135m, or a model in the local Hugging Face cache), a .gguf file, or a directory"
 
@@ -60,8 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the version and stop")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], words: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=words, description=words[0].upper() + words[1:] + ".")
+    def command(name: str, run: Callable[..., int], words: str, *, add_help: bool = True) -> argparse.ArgumentParser:
+        description = words[0].upper() + words[1:] + "."
+        sub = commands.add_parser(name, help=words, description=description, add_help=add_help, allow_abbrev=add_help)
         sub.set_defaults(run=run)
         return sub
 
@@ -69,6 +71,11 @@ def build_parser() -> argparse.ArgumentParser:
     lens = command("lens", run_lens, "the logit lens of a text: what the model would say after each layer")
     doctor = command("doctor", run_doctor, "check that each site of a model holds what its name says")
     command("patches", run_patches, "check that every patch set fits the upstream code installed here")
+    # What it does not know of itself, --help too, is the experiment's.
+    run = command("run", run_experiment, "run an experiment; without a name, list them", add_help=False)
+    run.add_argument("experiment", nargs="?", help="its name, such as atp_star, or its file")
+    run.add_argument("--smoke", action="store_true", help="at the size that only shows that it works")
+    run.add_argument("--config", type=Path, help="as an earlier run: the config.json in its folder")
 
     demo.add_argument("--prompt", help="the text whose next token is asked for (default: Mary and John at the store)")
     demo.add_argument("--answer", help='the right next token (default: " Mary")')
@@ -82,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     lens.add_argument("--top-k", type=int, default=5, help="tokens kept per cell (default: %(default)s)")
     for sub in (demo, lens):
         sub.add_argument("--model", default=DEFAULT_MODEL, help=f"{_MODEL_HELP} (default: %(default)s)")
+    for sub in (demo, lens, run):
         sub.add_argument("--out", type=Path, default=Path("runs"), help="folder for the results (default: %(default)s)")
     doctor.add_argument("model", nargs="?", default=DEFAULT_MODEL, help=f"{_MODEL_HELP} (default: %(default)s)")
     doctor.add_argument("--patches", action="store_true", help="check the patch sets instead of a model")
@@ -98,11 +106,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     try:
-        options = build_parser().parse_args(arguments)
+        parser = build_parser()
+        options, rest = parser.parse_known_args(arguments)
+        if getattr(options, "run", None) is run_experiment:
+            return run_experiment(options, rest)
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
         if options.version:
             return run_version(options)
         if not hasattr(options, "run"):
-            build_parser().print_help()
+            parser.print_help()
             return 0
         status = options.run(options)
         sys.stdout.flush()
@@ -205,6 +218,32 @@ def run_patches(options: argparse.Namespace) -> int:
     reports = {patch_set.name: patch_set.check() for patch_set in patch_sets()}
     print("\n".join(f"{name}: {report}" for name, report in reports.items()))
     return 1 if any(report.is_broken for report in reports.values()) else 0
+
+
+def run_experiment(options: argparse.Namespace, flags: Sequence[str]) -> int:
+    """`interp-jax run [EXPERIMENT]` with its options, and the flags of the experiment."""
+    from interp_jax import experiment_files
+
+    if options.experiment is None:
+        if flags:
+            print("usage: interp-jax run [EXPERIMENT] [--smoke] [--config CONFIG] [--out OUT] [its own flags]\n")
+        width = max(map(len, experiment_files.names()))
+        for name in experiment_files.names():
+            print(f"{name:<{width}}  {experiment_files.question(experiment_files.find(name))}")
+        return 0
+    _check_writable(options.out)
+    experiment = experiment_files.find(options.experiment)
+    default = experiment.SMOKE if options.smoke else experiment.Config()
+    if options.config is not None:
+        default = experiment_files.read_config(experiment.Config, options.config)
+    name = experiment.__name__.rpartition(".")[2]
+    config = experiment_files.parse_flags(experiment, flags, default, prog=f"interp-jax run {name}")
+    lm = _loaded(config.model)
+    print(f"{config}\n")
+    result = experiment.run(config, lm=lm)
+    print(result)
+    _save(result, name, config, experiment.plot(result), lm, options.out)
+    return 0
 
 
 def patch_sets() -> list[Any]:

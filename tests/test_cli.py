@@ -145,9 +145,39 @@ def test_a_patch_that_does_not_fit_is_told_and_counts(capsys, monkeypatch):
         assert ("does not apply" in out) == (status == 1)
 
 
+def test_run_lists_the_experiments(capsys):
+    assert main(["run"]) == 0
+    out = capsys.readouterr().out
+    for path in (ROOT / "experiments").glob("[a-z]*.py"):
+        assert re.search(rf"^{path.stem} +[A-Z].*\?$", out, re.MULTILINE)
+    assert main(["run", "ioi_layers", "--help"]) == 0
+    assert "--n-times INT" in capsys.readouterr().out
+
+
+def test_run_takes_flags_and_repeats_an_earlier_run(capsys):
+    flags = ["--model", TINY, "--prompt", "the cat to", "--answer", " the", "--other", " t", "--sites", "0.mlp_out"]
+    assert main(["run", "ioi_layers", "--smoke", *flags]) == 0
+    folder, files = saved(capsys.readouterr().out)
+    assert {path.suffix for path in files} == {".png", ".html"}
+    first = load_result(folder)
+    assert first.config["sites"] == ["0.mlp_out"] and first.config["n_times"] == 1 and first.config["top_k"] == 5
+    # Again from its folder, through the experiment's file, with one thing changed.
+    file = str(ROOT / "experiments" / "ioi_layers.py")
+    assert main(["run", file, "--config", str(folder), "--top-k", "3", "--out", "again"]) == 0
+    folder, _ = saved(capsys.readouterr().out)
+    second = load_result(folder)
+    assert folder.parent == Path("again/ioi_layers") and second.config == first.config | {"top_k": 3}
+    np.testing.assert_array_equal(second.result["effects"]["zeroed"], first.result["effects"]["zeroed"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["run", "ioi_layer"], ["Unknown experiment 'ioi_layer'", "Did you mean 'ioi_layers'?"]),
+        (["run", "nowhere.py"], ["There is no file nowhere.py"]),
+        (["run", "ioi_layers", "--config", "nowhere"], ["nowhere cannot be used", "No such file"]),
+        (["run", "ioi_layers", "--config", "other.json"], ["unknown k, n", "prompt, answer"]),
+        (["run", "half.py"], ["half.py without SMOKE, run, plot"]),
         (["lens", ""], ["An empty text was given", "in quotes"]),
         (["lens"], ["The following arguments are required: text", "interp-jax lens --help"]),
         (["lens", "a", "--top-k", "many"], ["--top-k: invalid int value: 'many'", "interp-jax lens --help"]),
@@ -177,6 +207,8 @@ def test_a_patch_that_does_not_fit_is_told_and_counts(capsys, monkeypatch):
 )
 def test_mistakes_are_told_in_parts_without_a_traceback(capsys, arguments, words):
     Path("file").touch()
+    Path("other.json").write_text('{"n": 1, "k": 2}')
+    Path("half.py").write_text("class Config: pass")
     assert main(arguments) == 2
     err = capsys.readouterr().err
     assert err.startswith("interp-jax: ")

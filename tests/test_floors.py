@@ -25,7 +25,8 @@ FLOORS = {
     "methods": 4,
     "figures": 5,
     "experiments": 6,
-    "cli": 7,
+    "experiment_files": 7,
+    "cli": 8,
 }
 # Their members are leaves: none imports another.
 LEAVES = ("methods", "experiments")
