@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -25,8 +26,12 @@ def test_the_circuit_is_faithful_by_definition(tiny_llama, result):
     pairs = induction_pairs(tiny_llama.config.d_vocab, 1)
     metric, writes = logit_difference(pairs.answer, pairs.wrong), sender_writes(tiny_llama, pairs.corrupted)
 
+    @jax.jit
+    def logits(mask):
+        return patched_edges(tiny_llama, tiny_llama.params, pairs.clean, writes, mask)
+
     def value(mask):
-        return float(metric(patched_edges(tiny_llama, tiny_llama.params, pairs.clean, writes, mask))[0])
+        return float(metric(logits(mask))[0])
 
     graph = result.circuit.graph
     full, empty = value(np.zeros(graph.shape, np.float32)), value(np.ones(graph.shape, np.float32))
