@@ -28,10 +28,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from interp_jax.core.errors import InvalidInputError, four_part
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.upstream import KVCache, ModelConfig, Upstream
-from interp_jax.models.weights import layout
 from interp_jax.patches import penzai_layers, transformers_flax, transformers_stacked
 from interp_jax.transforms.patcher import Patcher, PatchSet
 
@@ -294,33 +292,13 @@ def from_checkpoint(
         divides=[("num_attention_heads", "hidden_size")],
         upstream="Penzai's GPT-NeoX",
     )
-    upstream, config = _build(json.dumps(given, sort_keys=True), _dtype_name(dtype), stacked)
+    dtype = transformers_flax.dtype_name_but_float16(dtype, upstream="Penzai", where="Penzai's GPT-NeoX")
+    upstream, config = _build(json.dumps(given, sort_keys=True), dtype, stacked)
     # Old files hold each layer's mask and rotary frequencies as tensors.
     buffers = ("*.attention.bias", "*.attention.masked_bias", "*.rotary_emb.inv_freq")
-    with checkpoint.intake(ignorable=(*buffers, *(("embed_out.weight",) if config.is_tied else ()))) as intake:
-        params = layout.read(_layout(config, stacked), intake, dtype=config.dtype, sharding=sharding)
-    return LanguageModel(
-        config=config,
-        params=params,
-        upstream=upstream,
-        tokenizer=checkpoint.tokenizer,
-        source=checkpoint.source,
+    return transformers_flax.read(
+        checkpoint, upstream, config, buffers=buffers, unembedding="embed_out.weight", sharding=sharding
     )
-
-
-def _dtype_name(dtype: Any) -> str:
-    """The name of the dtype, once it is known to hold what Penzai masks with."""
-    name = transformers_flax.dtype_name(dtype)
-    if name == "float16":
-        raise InvalidInputError(
-            four_part(
-                "dtype='float16' was given",
-                where="load, for Penzai's GPT-NeoX",
-                expected="float32 or bfloat16: Penzai masks with -2.4e38, which is infinite in float16.",
-                fix='load in "bfloat16".',
-            )
-        )
-    return name
 
 
 # One Upstream per configuration, so that a model loaded twice compiles once.
@@ -354,11 +332,9 @@ def _build(settings: str, dtype: str, stacked: bool) -> tuple[Upstream, ModelCon
         patch_set=patch_set,
         weights=_weights(config),
         layer_weights=_layer_weights(),
-        layer_params=layers.params,
         layout=lambda: _layout(config, stacked),
-        stacked_layers=layers.groups if stacked else None,
         restacked=lambda: _build(settings, dtype, not stacked)[0],
-        restack=_layers(config, not stacked).restack,
+        **layers.functions(),
         **_functions(config, n_rotary, patch_set, stacked),
     )
     return upstream, config

@@ -25,11 +25,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from interp_jax.core.errors import InvalidInputError, UnsupportedModelError, four_part
-from interp_jax.models.upstream import KVCache
+from interp_jax.models.language_model import LanguageModel
+from interp_jax.models.upstream import KVCache, ModelConfig, Upstream
+from interp_jax.models.weights import layout
 from interp_jax.transforms.greenlets import local_context
 
 if TYPE_CHECKING:
     from interp_jax.models.weights.checkpoint import Checkpoint
+    from interp_jax.models.weights.layout import Placement
     from interp_jax.transforms.patcher import Patcher
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -215,6 +218,65 @@ def check_values(
             )
 
 
+def read(
+    checkpoint: Checkpoint,
+    upstream: Upstream,
+    config: ModelConfig,
+    *,
+    buffers: Collection[str] = (),
+    unembedding: str = "lm_head.weight",
+    prefix: str = "",
+    sharding: Placement | None = None,
+) -> LanguageModel:
+    """The model of a checkpoint whose configuration has been checked.
+
+    Args:
+        checkpoint: The model on disk.
+        upstream: Its functions.
+        config: Its shape.
+        buffers: Names, with globs, of tensors that are in some files and are no parameters.
+        unembedding: Name of the tensor that a model with tied embeddings has no use for.
+        prefix: What the names in some files begin with and in others do not.
+        sharding: Where the parameters go.
+
+    Returns:
+        The model.
+
+    Raises:
+        LoadError: Weights that do not fit the configuration.
+    """
+    assert upstream.layout is not None
+    ignorable = (*buffers, *((unembedding,) if config.is_tied else ()))
+    with checkpoint.intake(ignorable=ignorable, optional_prefix=prefix) as intake:
+        params = layout.read(upstream.layout(), intake, dtype=config.dtype, sharding=sharding)
+    return LanguageModel(
+        config=config,
+        params=params,
+        upstream=upstream,
+        tokenizer=checkpoint.tokenizer,
+        source=checkpoint.source,
+    )
+
+
+def unembedding_of(config: ModelConfig, embedding: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    """The unembedding of a module whose head takes the embedding as its kernel when they are tied.
+
+    Args:
+        config: The model's shape.
+        embedding: From the bound module to the embedding, `[d_vocab, d_model]`.
+
+    Returns:
+        `(bound module, normalised) -> logits`, as `pure_functions` wants it.
+    """
+
+    def unembed(bound: Any, normalised: Any) -> Any:
+        if not config.is_tied:
+            return bound.lm_head(normalised)
+        return bound.lm_head.apply({"params": {"kernel": embedding(bound).T}}, normalised)
+
+    return unembed
+
+
 def activations() -> tuple[str, ...]:
     """The names of the nonlinearities the installed transformers has for Flax."""
     from transformers.modeling_flax_utils import ACT2FN
@@ -246,6 +308,33 @@ def dtype_name(dtype: Any) -> str:
                 names=DTYPES[:3],
                 given=name,
                 fix="use one of these; float64 needs jax.config.update('jax_enable_x64', True) first.",
+            )
+        )
+    return name
+
+
+def dtype_name_but_float16(dtype: Any, *, upstream: str, where: str) -> str:
+    """The name of a `dtype`, once it is known to hold the -2.4e38 that an `upstream` masks with.
+
+    Args:
+        dtype: A dtype or its name.
+        upstream: The library.
+        where: What is loaded, for the error message.
+
+    Returns:
+        "float32" or "bfloat16".
+
+    Raises:
+        InvalidInputError: Anything else.
+    """
+    name = dtype_name(dtype)
+    if name == "float16":
+        raise InvalidInputError(
+            four_part(
+                "dtype='float16' was given",
+                where=f"load, for {where}",
+                expected=f"float32 or bfloat16: {upstream} masks with -2.4e38, which is infinite in float16.",
+                fix='load in "bfloat16".',
             )
         )
     return name

@@ -31,7 +31,6 @@ import jax
 from interp_jax.core.errors import UnsupportedModelError, four_part
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.upstream import ModelConfig, Upstream
-from interp_jax.models.weights import layout
 from interp_jax.patches import flax_attention, transformers_flax, transformers_stacked
 from interp_jax.patches.transformers_mistral import causal_block
 from interp_jax.transforms.patcher import Patcher, PatchSet
@@ -259,16 +258,7 @@ def from_checkpoint(
     upstream, config = _build(json.dumps(settings, sort_keys=True), transformers_flax.dtype_name(dtype), stacked)
     # Old files hold each layer's mask as a tensor.
     masks = ("*.attn.attention.bias", "*.attn.attention.masked_bias")
-    ignorable = (*masks, *(("lm_head.weight",) if config.is_tied else ()))
-    with checkpoint.intake(ignorable=ignorable, optional_prefix="transformer.") as intake:
-        params = layout.read(_layout(config, stacked), intake, dtype=config.dtype, sharding=sharding)
-    return LanguageModel(
-        config=config,
-        params=params,
-        upstream=upstream,
-        tokenizer=checkpoint.tokenizer,
-        source=checkpoint.source,
-    )
+    return transformers_flax.read(checkpoint, upstream, config, buffers=masks, prefix="transformer.", sharding=sharding)
 
 
 def _check_attention(checkpoint: Checkpoint) -> None:
@@ -334,19 +324,15 @@ def _build(settings: str, dtype: str, stacked: bool) -> tuple[Upstream, ModelCon
 
         return layers.cache(layer)
 
-    def unembed(bound: Any, normalised: Any) -> Any:
-        if not config.is_tied:
-            return bound.lm_head(normalised)
-        kernel = bound.transformer.variables["params"]["wte"]["embedding"].T
-        return bound.lm_head.apply({"params": {"kernel": kernel}}, normalised)
-
     functions = transformers_flax.pure_functions(
         module,
         name="gpt_neo",
         tags=patch_set.tags,
         mends=patch_set.mends,
         ln_final=lambda bound, residual: bound.transformer.ln_f(residual),
-        unembed=unembed,
+        unembed=transformers_flax.unembedding_of(
+            config, lambda bound: bound.transformer.variables["params"]["wte"]["embedding"]
+        ),
         empty_cache=empty_cache,
     )
     upstream = Upstream(
@@ -354,11 +340,9 @@ def _build(settings: str, dtype: str, stacked: bool) -> tuple[Upstream, ModelCon
         patch_set=patch_set,
         weights=_weights(config),
         layer_weights=_layer_weights(config),
-        layer_params=layers.params,
         layout=lambda: _layout(config, stacked),
-        stacked_layers=layers.groups if stacked else None,
         restacked=lambda: _build(settings, dtype, not stacked)[0],
-        restack=_layers(config, not stacked).restack,
+        **layers.functions(),
         **functions,
     )
     return upstream, config

@@ -28,7 +28,6 @@ import numpy as np
 
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.upstream import ModelConfig, Upstream
-from interp_jax.models.weights import layout
 from interp_jax.patches import flax_attention, transformers_flax, transformers_stacked
 from interp_jax.transforms.patcher import Patcher, PatchSet
 
@@ -214,16 +213,8 @@ def from_checkpoint(
     )
     upstream, config = _build(json.dumps(settings, sort_keys=True), transformers_flax.dtype_name(dtype), stacked)
     # Old files hold each layer's mask as a tensor.
-    ignorable = ("*.attn.bias", "*.attn.masked_bias")
-    with checkpoint.intake(ignorable=ignorable, optional_prefix="transformer.") as intake:
-        params = layout.read(_layout(config, stacked), intake, dtype=config.dtype, sharding=sharding)
-    return LanguageModel(
-        config=config,
-        params=params,
-        upstream=upstream,
-        tokenizer=checkpoint.tokenizer,
-        source=checkpoint.source,
-    )
+    masks = ("*.attn.bias", "*.attn.masked_bias")
+    return transformers_flax.read(checkpoint, upstream, config, buffers=masks, prefix="transformer.", sharding=sharding)
 
 
 # One Upstream per configuration, so that a model loaded twice compiles once.
@@ -279,11 +270,9 @@ def _build(settings: str, dtype: str, stacked: bool) -> tuple[Upstream, ModelCon
         patch_set=patch_set,
         weights=_weights(),
         layer_weights=_layer_weights(config),
-        layer_params=layers.params,
         layout=lambda: _layout(config, stacked),
-        stacked_layers=layers.groups if stacked else None,
         restacked=lambda: _build(settings, dtype, not stacked)[0],
-        restack=_layers(config, not stacked).restack,
+        **layers.functions(),
         **functions,
     )
     return upstream, config

@@ -33,7 +33,6 @@ import jax
 
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.upstream import ModelConfig, Upstream
-from interp_jax.models.weights import layout
 from interp_jax.patches import flax_attention, rotary, transformers_flax, transformers_stacked
 from interp_jax.transforms.patcher import Patcher, PatchSet
 
@@ -286,16 +285,8 @@ def read(
         LoadError: Weights that do not fit the configuration.
     """
     upstream, config = build(json.dumps(settings, sort_keys=True), transformers_flax.dtype_name(dtype), stacked)
-    ignorable = ("*.rotary_emb.inv_freq", *(("lm_head.weight",) if config.is_tied else ()))
-    with checkpoint.intake(ignorable=ignorable, optional_prefix="model.") as intake:
-        assert upstream.layout is not None
-        params = layout.read(upstream.layout(), intake, dtype=config.dtype, sharding=sharding)
-    return LanguageModel(
-        config=config,
-        params=params,
-        upstream=upstream,
-        tokenizer=checkpoint.tokenizer,
-        source=checkpoint.source,
+    return transformers_flax.read(
+        checkpoint, upstream, config, buffers=("*.rotary_emb.inv_freq",), prefix="model.", sharding=sharding
     )
 
 
@@ -380,11 +371,9 @@ def upstream_of(
         patch_set=patch_set,
         weights=_weights(config),
         layer_weights=_layer_weights(config, is_biased=is_biased),
-        layer_params=layers.params,
         layout=lambda: _layout(config, is_biased=is_biased, layers=layers),
-        stacked_layers=layers.groups if stacked else None,
         restacked=restacked,
-        restack=_layers(config, not stacked).restack,
+        **layers.functions(),
         **functions,
     )
     return upstream, config

@@ -26,7 +26,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -218,6 +218,15 @@ class Layers:
             stacked = given if stride == 1 else self.groups(params)
             layers = _numbered(unstack_layers(stacked, stride=stride, donate=donate))
         return _with(params, self.path, layers)
+
+    def functions(self) -> dict[str, Any]:
+        """What an `Upstream` says of its layers: `layer_params`, `stacked_layers` and `restack`."""
+        other = replace(self, is_stacked=not self.is_stacked)
+        return {
+            "layer_params": self.params,
+            "stacked_layers": self.groups if self.is_stacked else None,
+            "restack": other.restack,
+        }
 
     def cache(self, layer: Callable[[], Any]) -> Any:
         """A cache in upstream's layout, from a function that makes an empty one for a layer."""

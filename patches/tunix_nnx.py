@@ -28,10 +28,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from interp_jax.core.errors import InvalidInputError, four_part
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.upstream import KVCache, ModelConfig, Upstream
-from interp_jax.models.weights import layout
 from interp_jax.patches import transformers_flax, transformers_stacked
 from interp_jax.transforms.layer_stack import scan_layers
 
@@ -272,11 +270,9 @@ def upstream_of(
         unembed=under(patch_set.mends, unembed, name=f"{short}.unembed"),
         weights=_weights(family, config),
         layer_weights=family.weights(config),
-        layer_params=layers.params,
         layout=lambda: family.tensors(config, layers),
-        stacked_layers=layers.groups if stacked else None,
         restacked=restacked,
-        restack=layers_of(config, stacked=not stacked).restack,
+        **layers.functions(),
     )
 
 
@@ -296,43 +292,12 @@ def _weights(family: Family, config: ModelConfig) -> dict[str, Any]:
 def read(
     checkpoint: Checkpoint, upstream: Upstream, config: ModelConfig, *, sharding: Placement | None = None
 ) -> LanguageModel:
-    """The model of a checkpoint whose configuration has been checked.
-
-    Args:
-        checkpoint: The model on disk.
-        upstream: Its functions.
-        config: Its shape.
-        sharding: Where the parameters go.
-
-    Returns:
-        The model.
-
-    Raises:
-        LoadError: Weights that do not fit the configuration.
-    """
-    ignorable = ("*.rotary_emb.inv_freq", *(("lm_head.weight",) if config.is_tied else ()))
-    with checkpoint.intake(ignorable=ignorable, optional_prefix="model.") as intake:
-        assert upstream.layout is not None
-        params = layout.read(upstream.layout(), intake, dtype=config.dtype, sharding=sharding)
-    return LanguageModel(
-        config=config,
-        params=params,
-        upstream=upstream,
-        tokenizer=checkpoint.tokenizer,
-        source=checkpoint.source,
+    """The model of a `checkpoint` whose `config` has been checked: `upstream` its functions, `sharding` its place."""
+    return transformers_flax.read(
+        checkpoint, upstream, config, buffers=("*.rotary_emb.inv_freq",), prefix="model.", sharding=sharding
     )
 
 
 def dtype_name(dtype: Any) -> str:
     """The name of a `dtype`, once it is known to hold what Tunix masks with; `InvalidInputError` if it does not."""
-    name = transformers_flax.dtype_name(dtype)
-    if name == "float16":
-        raise InvalidInputError(
-            four_part(
-                "dtype='float16' was given",
-                where="load, for a model of Tunix",
-                expected="float32 or bfloat16: Tunix masks with -2.4e38, which is infinite in float16.",
-                fix='load in "bfloat16".',
-            )
-        )
-    return name
+    return transformers_flax.dtype_name_but_float16(dtype, upstream="Tunix", where="a model of Tunix")
