@@ -120,6 +120,7 @@ def disk(packed: Packed) -> bool:
         must="<= 0.2",
         holds=share <= 0.2,
         step_s=with_stream,
+        share_without_thread=4096 / alone.rows_per_s / with_stream,
         alone_rows_per_s=alone.rows_per_s,
         alone_MB_per_s=alone.rows_per_s * D_MODEL * 4 / 1e6,
         written_rows=n_rows,

@@ -48,16 +48,26 @@ if TYPE_CHECKING:
     from interp_jax.core.sites import Site as Site
     from interp_jax.data.alignment import PromptPairs as PromptPairs
     from interp_jax.data.alignment import align_prompts as align_prompts
+    from interp_jax.data.documents import open_documents as open_documents
     from interp_jax.data.prompts import a_an_pairs as a_an_pairs
     from interp_jax.data.prompts import city_country_pairs as city_country_pairs
     from interp_jax.data.prompts import greater_than_pairs as greater_than_pairs
     from interp_jax.data.prompts import induction_pairs as induction_pairs
     from interp_jax.data.prompts import ioi_pairs as ioi_pairs
     from interp_jax.data.prompts import random_text_pairs as random_text_pairs
+    from interp_jax.data.text_streams import pack as pack
+    from interp_jax.data.text_streams import packed_rows as packed_rows
+    from interp_jax.forward.activation_files import write_activations as write_activations
+    from interp_jax.forward.batch_streams import ArrayStream as ArrayStream
     from interp_jax.forward.metrics import logit_difference as logit_difference
     from interp_jax.forward.node_subsets import subset_patching as subset_patching
     from interp_jax.forward.nodes import NodeSet as NodeSet
     from interp_jax.forward.nodes import node_set as node_set
+    from interp_jax.forward.shards import ShardStream as ShardStream
+    from interp_jax.forward.site_values import Keep as Keep
+    from interp_jax.forward.site_values import activations_of as activations_of
+    from interp_jax.forward.store import ActivationStream as ActivationStream
+    from interp_jax.forward.store import Buffer as Buffer
     from interp_jax.forward.sweeps import scaled as scaled
     from interp_jax.forward.sweeps import sweep as sweep
     from interp_jax.methods.activation_patching import ablation as ablation
@@ -125,6 +135,22 @@ _HOMES = {
         "induction_pairs",
         "ioi_pairs",
         "random_text_pairs",
+    ),
+    "interp_jax.data.documents": ("open_documents",),
+    "interp_jax.data.text_streams": (
+        "pack",
+        "packed_rows",
+    ),
+    "interp_jax.forward.activation_files": ("write_activations",),
+    "interp_jax.forward.batch_streams": ("ArrayStream",),
+    "interp_jax.forward.shards": ("ShardStream",),
+    "interp_jax.forward.site_values": (
+        "Keep",
+        "activations_of",
+    ),
+    "interp_jax.forward.store": (
+        "ActivationStream",
+        "Buffer",
     ),
     "interp_jax.forward.metrics": ("logit_difference",),
     "interp_jax.forward.node_subsets": ("subset_patching",),

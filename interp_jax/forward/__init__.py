@@ -1,6 +1,6 @@
-"""Forward: many forward passes at once. A table of interventions goes in, one value per row comes out.
+"""Forward: many forward passes at once. Interventions or texts go in, numbers or rows of activations come out.
 
-Reading order: metrics, sweeps.
+Reading order: metrics, sweeps; for activations of texts site_values, batch_streams, store, activation_files, shards.
 
 Source: interp_jax.
 """
