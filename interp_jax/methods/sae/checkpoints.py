@@ -49,7 +49,9 @@ class Checkpoints:
         self._directory.mkdir(parents=True, exist_ok=True)
         self._check(config)
         options = ocp.CheckpointManagerOptions(max_to_keep=N_KEPT, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(self._directory / "steps", options=options)
+        # Named, so that what a folder holds is known before anything was saved or read in this process.
+        handler = ocp.PyTreeCheckpointHandler()
+        self._manager = ocp.CheckpointManager(self._directory / "steps", options=options, item_handlers=handler)
 
     def _check(self, config: dict[str, Any]) -> None:
         path, given = self._directory / "config.json", json.loads(json.dumps(config))

@@ -1,0 +1,206 @@
+"""How well does a sparse dictionary stand for what a model writes, and what does it cost the model's predictions?
+
+Question: trained on a text small enough for a laptop, how much of SmolLM2's residual stream do so many latents, so few
+of them active at a time, explain on text that was held out; and how much worse does the model predict with the
+reconstruction in the stream's place?
+
+Expected: most of the variance, at a loss a little above the model's own; far better than with the mean in its place.
+
+The run's state is saved in `directory` as it goes, and the same command takes it up where it was. The dictionary is
+saved there too (`sae/`, for `load_sae`).
+
+>>> Config().architecture(), SMOKE.n_steps
+(TopK(k=32, is_centred=True), 30)
+
+Sharp edges: Python's documentation is a hundred thousand tokens or two: a dictionary of thousands of latents sees each
+many times over. Numbers on it are no numbers on the web.
+
+Source: Gao et al. 2024 (2406.04093) for the method.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from interp_jax.core.errors import UnknownNameError, four_part
+from interp_jax.data.text_streams import pack
+from interp_jax.figures.sae_evaluation import density_figure, evaluation_page
+from interp_jax.figures.sae_training import training_figure
+from interp_jax.forward.store import ActivationStream, Buffer
+from interp_jax.methods.sae import SAE, VARIANTS, AuxK, StepRule, TrainConfig, train
+from interp_jax.methods.sae.architecture import Architecture
+from interp_jax.methods.sae.evaluation import SAEEvaluation, evaluate_sae
+from interp_jax.methods.sae.files import save_sae
+from interp_jax.models.loading import load
+
+if TYPE_CHECKING:
+    from interp_jax.models.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is trained on what.
+
+    Args:
+        model: Name or path, as in `load`.
+        text: "pydoc" (Python's own documentation), a file, a folder, or a data set on disk.
+        site: What is read and written.
+        variant: Name of the SAE's variant.
+        k: How many latents are active at a time, where the variant has a k.
+        coefficient: The sparsity coefficient, where it has a penalty.
+        n_latents: How many latents.
+        n_steps: How many steps.
+        batch_size: Tokens per step.
+        learning_rate: Of Adam.
+        n_ctx: Tokens per sequence.
+        n_buffer_tokens: How many tokens' activations are mixed.
+        n_held_out: On how many sequences of held-out text it is evaluated.
+        dead_after_tokens: A latent that does not fire for so many tokens is dead, and brought back by AuxK.
+        seed: Of weights and order.
+        directory: Where the run's state and the dictionary are saved.
+    """
+
+    model: str = "smollm2-135m"
+    text: str = "pydoc"
+    site: str = "15.resid_post"
+    variant: str = "top_k"
+    k: int = 32
+    coefficient: float = 0.0
+    n_latents: int = 4096
+    n_steps: int = 2000
+    batch_size: int = 1024
+    learning_rate: float = 1e-3
+    n_ctx: int = 128
+    n_buffer_tokens: int = 65536
+    n_held_out: int = 64
+    dead_after_tokens: int = 200_000
+    seed: int = 0
+    directory: str = "runs/train_sae/state"
+
+    def architecture(self) -> Architecture:
+        """The variant with its k.
+
+        Returns:
+            The variant.
+
+        Raises:
+            UnknownNameError: There is no such variant.
+        """
+        by_name = {variant.name: variant for variant in VARIANTS}
+        if self.variant not in by_name:
+            raise UnknownNameError(
+                four_part(
+                    f"Unknown variant {self.variant!r}",
+                    where="train_sae",
+                    names=by_name,
+                    given=self.variant,
+                    fix="use one of them.",
+                )
+            )
+        has_k = {"k", "groups"} & set(by_name[self.variant].__dataclass_fields__)
+        options: dict[str, Any] = {"k": self.k} if has_k else {}
+        if "groups" in has_k:
+            quarter = self.n_latents // 4
+            options["groups"] = (quarter, self.n_latents - quarter)
+        return by_name[self.variant](**options)
+
+
+SMOKE = Config(
+    model="tests/oracles/tiny_llama",
+    site="1.resid_post",
+    k=4,
+    n_latents=64,
+    n_steps=30,
+    batch_size=64,
+    n_ctx=32,
+    n_buffer_tokens=2048,
+    n_held_out=4,
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found.
+
+    Args:
+        model: The model's name.
+        site: What was read and written.
+        log: The numbers of the logged steps.
+        evaluation: On held-out text.
+        directory: Where the dictionary is.
+    """
+
+    model: str
+    site: str
+    log: list[dict[str, Any]]
+    evaluation: SAEEvaluation
+    directory: str
+
+    def __repr__(self) -> str:
+        return f"{self.evaluation}\nThe dictionary is in {self.directory}."
+
+
+def run(config: Config, *, lm: LanguageModel | None = None, progress: bool = True) -> Result:
+    """Answer the question.
+
+    Args:
+        config: What is trained on what.
+        lm: The model, if it is loaded already.
+        progress: Whether to show progress bars, on a terminal.
+
+    Returns:
+        The dictionary's numbers.
+
+    Raises:
+        UnknownNameError: There is no such variant or site.
+        LoadError: The directory holds a run with another configuration.
+    """
+    model = load(config.model) if lm is None else lm
+    packed = pack(config.text, model, n_ctx=config.n_ctx)
+    buffer = Buffer(n_rows=config.n_buffer_tokens)
+    stream = ActivationStream(
+        model, packed.train, config.site, batch_size=config.batch_size, seed=config.seed, buffer=buffer
+    )
+    rule = StepRule(
+        config.architecture(),
+        learning_rate=config.learning_rate,
+        n_steps=config.n_steps,
+        n_warm_up_steps=config.n_steps // 20,
+        n_decay_steps=config.n_steps // 5,
+        dead_after_tokens=config.dead_after_tokens,
+        dead_term=AuxK(),
+    )
+    settings = TrainConfig(
+        rule,
+        n_latents=config.n_latents,
+        sites=(config.site,),
+        coefficients=(config.coefficient,),
+        n_sample_batches=max(1, min(25, config.n_steps // 4)),
+        seed=config.seed,
+    )
+    origin = {"model": model.name, "text": config.text, "n_ctx": config.n_ctx}
+    directory = Path(config.directory)
+    trained = train(settings, stream, directory=directory, save_every=500, origin=origin, progress=progress)
+    sae: SAE = trained.saes[0]
+    save_sae(sae, directory / "sae", overwrite=True)
+    evaluation = evaluate_sae(model, sae, packed.held_out[: config.n_held_out], n_untouched=1, progress=progress)
+    return Result(model.name, config.site, trained.log, evaluation, str(directory / "sae"))
+
+
+def plot(result: Result) -> dict[str, Any]:
+    """The figures of a result, by file name.
+
+    Args:
+        result: What `run` returned.
+
+    Returns:
+        Matplotlib figures and an HTML page.
+    """
+    title, evaluations = f"{result.model}, {result.site}", {"held-out text": result.evaluation}
+    return {
+        "training.png": training_figure(result.log, title=title),
+        "density.png": density_figure(evaluations, title=title),
+        "evaluation.html": evaluation_page(evaluations, title=title),
+    }

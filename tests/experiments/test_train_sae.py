@@ -1,0 +1,53 @@
+"""Training a dictionary from one command: at smoke size on a tiny model, from text to evaluation, and taken up."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from interp_jax.core.errors import LoadError, UnknownNameError
+from interp_jax.experiments import train_sae
+from interp_jax.experiments.train_sae import SMOKE, Config
+from interp_jax.methods.sae import MatchingPursuit, Matryoshka, ReLU
+from interp_jax.methods.sae.files import load_sae
+from interp_jax.models.loading import load
+from tests.conftest import ORACLES
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    animals = ("cat", "dog", "hen", "rat", "cow", "fox", "ape", "owl")
+    for first in animals:
+        for second in animals:
+            line = f"the {first} sat on the mat and the {second} ran to the {first}. "
+            (folder / f"{first}_{second}.txt").write_text(line * 3)
+    return str(folder)
+
+
+def test_from_text_to_a_dictionary(text, tmp_path) -> None:
+    lm = load(ORACLES / "tiny_llama")
+    config = dataclasses.replace(SMOKE, text=text, directory=str(tmp_path))
+    result = train_sae.run(config, lm=lm, progress=False)
+    numbers = result.evaluation.reconstruction
+    assert 0 < numbers.l0 <= config.k and numbers.n_latents == config.n_latents
+    assert result.log[-1]["step"] == config.n_steps and result.directory in repr(result)
+    assert {name.rpartition(".")[2] for name in train_sae.plot(result)} == {"png", "html"}
+    sae = load_sae(tmp_path / "sae")
+    assert str(sae.read) == config.site and dict(sae.origin)["text"] == text
+    # Again: the run is there, and nothing is trained anew.
+    again = train_sae.run(config, lm=lm, progress=False)
+    assert again.evaluation.losses == result.evaluation.losses
+    np.testing.assert_array_equal(load_sae(tmp_path / "sae").W_dec, sae.W_dec)
+    with pytest.raises(LoadError, match="seed: 1, there 0"):
+        train_sae.run(dataclasses.replace(config, seed=1), lm=lm, progress=False)
+
+
+def test_variants_by_name() -> None:
+    assert Config(variant="relu").architecture() == ReLU()
+    assert Config(variant="matching_pursuit", k=5).architecture() == MatchingPursuit(k=5)
+    assert Config(variant="matryoshka", k=5, n_latents=100).architecture() == Matryoshka(k=5, groups=(25, 75))
+    with pytest.raises(UnknownNameError, match="Did you mean 'top_k'"):
+        Config(variant="topk").architecture()
