@@ -57,7 +57,7 @@ class Reconstruction:
         l1: Mean sum of the latents.
         l1_weighted: The same, each latent times the norm of its decoder row.
         squared_error: Mean of |y - y'|^2, summed over d_out.
-        fvu: Fraction of variance unexplained; NaN if all activations are the same.
+        fvu: Fraction of variance unexplained; NaN if all activations are the same up to rounding.
         error_variance: Var(y - y') / Var(y).
         cosine: Mean cosine between y and y'; 0 where one of them is 0.
         norm_ratio: Mean of |y'| / |y| over tokens with y not 0.
@@ -394,14 +394,16 @@ def summary(sae: SAE, sums: Sums, *, where: str) -> Reconstruction:
                 fix="look at the model's dtype, at the SAE's weights and at the scaling of its input.",
             )
         )
+    # A mean of equal float32 vectors may be off in the last digit: what is left then is no variance.
+    variance = sums.target.square if sums.target.square > 1e-12 * totals["y_y"] else 0.0
     result = Reconstruction(
         n_tokens=n,
         l0=totals["l0"] / n,
         l1=totals["l1"] / n,
         l1_weighted=totals["l1_weighted"] / n,
         squared_error=totals["e_e"] / n,
-        fvu=_ratio(totals["e_e"], sums.target.square),
-        error_variance=_ratio(sums.error.square, sums.target.square),
+        fvu=_ratio(totals["e_e"], variance),
+        error_variance=_ratio(sums.error.square, variance),
         cosine=totals["cosine"] / n,
         norm_ratio=_ratio(totals["norm_ratio"], totals["n_with_length"]),
         shrinkage=_ratio(totals["d_d"], totals["y_d"]),

@@ -201,7 +201,7 @@ def test_ultra_low_latents_whose_encoders_point_one_way(rng):
 
 
 def test_what_has_no_number_is_nan():
-    x = np.ones((10, 3), np.float32)
+    x = np.full((10, 3), 0.1, np.float32)  # its mean is another float32
     constant = measure_reconstruction(linear_sae(3, scale=0.0), x)
     assert np.isnan(constant.fvu)
     assert np.isnan(constant.error_variance)
