@@ -133,7 +133,7 @@ def changed(
     for path in folder.glob("params.npz"):
         with np.load(path) as archive:
             tensors = dict(archive) | (arrays or {})
-        np.savez(path, allow_pickle=False, **{k: v for k, v in tensors.items() if v is not None})
+        np.savez(path, **{k: v for k, v in tensors.items() if v is not None})  # type: ignore[arg-type]
     return folder
 
 

@@ -23,6 +23,7 @@ Source: interp_jax; Higham 2002, Accuracy and Stability of Numerical Algorithms 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,10 +64,10 @@ def record(sae: SAE) -> dict[str, np.ndarray]:
     off, unstable = np.zeros_like(latents), np.zeros(latents.shape, bool)
     reconstruction_off = np.zeros((N_ROWS, 1), np.float32)
     for _ in range(_N_DRAWS):
-        signs = jax.tree.map(lambda leaf: rng.choice(np.array([-1, 1], np.float32), np.shape(leaf)), (sae, x))
+        signs = jax.tree.map(lambda leaf: _signs(rng, np.shape(leaf)), (sae, x))
         for sign in (1, -1):
             moved, moved_x = jax.tree.map(
-                lambda leaf, s, sign=sign: (np.asarray(leaf, np.float32) * (1 + sign * size * s)).astype(np.float32),
+                lambda leaf, s, sign=sign: np.asarray(leaf, np.float32) * (s * (sign * size) + np.float32(1)),
                 (sae, x),
                 signs,
             )
@@ -109,6 +110,13 @@ def differences(sae: SAE, reference: Mapping[str, np.ndarray]) -> list[str]:
                 f"{values[row, column]:.6g}, recorded {reference[name][row, column]:.6g}"
             )
     return found
+
+
+def _signs(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Ones with random signs."""
+    n = math.prod(shape)
+    bits = np.unpackbits(np.frombuffer(rng.bytes(-(-n // 8)), np.uint8), count=n)
+    return (bits.astype(np.float32) * 2 - 1).reshape(shape)
 
 
 def _outputs(sae: SAE, x: Any, latents: Any | None) -> tuple[np.ndarray, np.ndarray]:
