@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-ALL = ("light", "unlistened", "loop", "harvest", "patching", "stacked", "loading", "activation_stream")
+ALL = ("light", "unlistened", "loop", "harvest", "patching", "stacked", "loading", "activation_stream", "sae")
 
 
 def main(names: list[str]) -> int:

@@ -5,6 +5,8 @@ Source: Bricken et al. 2023, Towards Monosemanticity; the sources of each varian
 
 from interp_jax.methods.sae.batch_top_k import BatchTopK
 from interp_jax.methods.sae.dead_latents import AuxK, GhostGrads
+from interp_jax.methods.sae.evaluation import SAEEvaluation, evaluate_sae
+from interp_jax.methods.sae.files import export_saelens, load_sae, save_sae
 from interp_jax.methods.sae.gated import Gated
 from interp_jax.methods.sae.jump_relu import JumpReLU
 from interp_jax.methods.sae.matching_pursuit import MatchingPursuit
@@ -31,9 +33,14 @@ __all__ = [
     "ReLU",
     "Redraw",
     "Resample",
+    "SAEEvaluation",
     "StepRule",
     "TopK",
     "TrainConfig",
     "TrainResult",
+    "evaluate_sae",
+    "export_saelens",
+    "load_sae",
+    "save_sae",
     "train",
 ]
