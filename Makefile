@@ -9,7 +9,7 @@ PIP_FLAGS := --disable-pip-version-check --quiet
 NEEDS := import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
 	"Python " + sys.version.split()[0] + " was given as $(PYTHON).\n  Expected: 3.11 or newer.\n  Fix: make PYTHON=python3.11 ...")
 
-.PHONY: venv venv-oldest venv-oryx venv-tunix demo test test-slow test-oldest test-tunix test-all bench lint format doctor constraints clean
+.PHONY: venv venv-oldest venv-oryx venv-tunix browser demo test test-slow test-oldest test-tunix test-all bench lint format doctor constraints clean
 
 venv: .venv/installed
 
@@ -46,6 +46,13 @@ venv-tunix: .venv-tunix/installed
 	.venv-tunix/bin/python -m pip install $(PIP_FLAGS) -c constraints-tunix.txt -e '.[transformers,tunix,test]'
 	@touch $@
 
+# Chromium and its driver, in which pages are tested: Debian's packages, unless both are there already.
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+	{ apt-get update && apt-get install --yes --no-install-recommends chromium chromium-driver; } || \
+	{ echo "chromium and chromedriver are not there, and apt-get could not install them."; \
+	echo "  Fix: install both (on Debian, as root: apt-get install chromium chromium-driver)."; exit 1; }
+
 # What SmolLM2-135M thinks at each layer, and which of its layers the answer depends on.
 demo: venv
 	$(BIN)/interp-jax demo
@@ -55,7 +62,7 @@ test: lint
 	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow'
 
 # Pytest's exit status 5 says that no test is marked slow.
-test-slow: venv venv-oryx
+test-slow: venv venv-oryx browser
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow || [ $$? -eq 5 ]
 
 test-oldest: venv-oldest

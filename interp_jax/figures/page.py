@@ -72,6 +72,24 @@ def escape(text: str) -> str:
     return html.escape(text, quote=True)
 
 
+def script_data(data: Any) -> str:
+    """Data as an expression of JavaScript, for a script in a page or in a file of its own.
+
+    Args:
+        data: Anything JSON can hold.
+
+    Returns:
+        The expression, on one line.
+
+    Raises:
+        ValueError: `data` holds a number that is not finite.
+    """
+    # `<` inside the data could close the script element or open a comment.
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    # Valid in JSON; not in JavaScript before 2019.
+    return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
 def html_page(title: str, *, body: str, style: str = "", script: str = "", data: Any = None) -> str:
     """A whole HTML document.
 
@@ -89,10 +107,7 @@ def html_page(title: str, *, body: str, style: str = "", script: str = "", data:
     Raises:
         ValueError: `data` holds a number that is not finite.
     """
-    # `<` inside the data could close the script element or open a comment.
-    embedded = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    # Valid in JSON; not in JavaScript before 2019.
-    embedded = embedded.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    embedded = script_data(data)
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'

@@ -259,7 +259,7 @@ def _through_norm(
     mask: np.ndarray,
     where: str,
 ) -> Readout:
-    gain, bias, is_centring = _norm_parts(lm, residual)
+    gain, bias, is_centring = norm_parts(lm, residual)
     scale = _norm_scale(np.asarray(residual, np.float64), normalised - bias, gain, mask, is_centring, residual.dtype)
     if scale is None:
         raise UnsupportedModelError(
@@ -277,11 +277,19 @@ def _through_norm(
     return Readout(direction, scale, u @ bias + constant, total, size)
 
 
-def _norm_parts(lm: LanguageModel, residual: Any) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Gain (up to a factor, which the scale takes up), bias, and whether the mean is taken off.
+def norm_parts(lm: LanguageModel, residual: Any) -> tuple[np.ndarray, np.ndarray, bool]:
+    """What the final norm does apart from its scale.
 
     At 0 a norm says its bias, at a vector of alternating signs its bias plus its gain. What it says at a constant
     vector tells LayerNorm (its bias again) from RMSNorm.
+
+    Args:
+        lm: The model.
+        residual: An array of the residual stream's width and dtype, `[..., d_model]`.
+
+    Returns:
+        The gain (up to a factor, which the scale takes up) and the bias, float64 `[d_model]`, and whether the mean is
+        taken off.
     """
     d_model = residual.shape[-1]
     signs = np.where(np.arange(d_model) % 2, -1.0, 1.0)
