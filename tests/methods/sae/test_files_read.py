@@ -293,7 +293,17 @@ def test_the_scale_of_average_norm(tmp_path: Path) -> None:
 
 def test_names_of_the_versions_before_6(tmp_path: Path) -> None:
     drop = ("hook_name", "hook_layer", "hook_head_index", "architecture", "activation_fn_str")
-    old = {"hook_point": "blocks.5.hook_resid_pre", "hook_point_layer": 5, "lr": 1e-3, "wandb_project": "x"}
+    # The fields of the first published SAEs, whose configuration was that of the whole run.
+    names = (
+        "is_dataset_tokenized use_cached_activations cached_activations_path n_batches_in_buffer total_training_tokens "
+        "store_batch_size seed b_dec_init_method expansion_factor from_pretrained_path l1_coefficient lr "
+        "lr_scheduler_name lr_warm_up_steps train_batch_size use_ghost_grads feature_sampling_window "
+        "feature_sampling_method resample_batches feature_reinit_scale dead_feature_window dead_feature_threshold "
+        "log_to_wandb wandb_project wandb_entity wandb_log_frequency n_checkpoints checkpoint_path tokens_per_buffer "
+        "run_name unique_id lp_norm noise_scale normalize_sae_decoder decoder_orthogonal_init adam_beta1"
+    )
+    old = {"hook_point": "blocks.5.hook_resid_pre", "hook_point_layer": 5, "hook_point_head_index": None}
+    old |= {"dtype": "torch.float32", **dict.fromkeys(names.split(), 1)}
     folder = changed("saelens_before_6/standard", tmp_path, drop=drop, normalize_activations=False, **old)
     sae, known = load_sae(folder), load_sae(FILES / "saelens_before_6/standard")
     x = np.ones((1, D), np.float32)
