@@ -25,6 +25,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from interp_jax.core.errors import InvalidInputError, four_part
 from interp_jax.methods.sae import parameters
 from interp_jax.methods.sae.parameters import Params
 
@@ -69,6 +70,11 @@ class Architecture(abc.ABC):
     # Whether latents and decoder rows may be rescaled against each other without a change of the reconstruction.
     can_fold_norms: ClassVar[bool] = True
 
+    @property
+    def reads_b_dec(self) -> bool:
+        """Whether `b_dec`, which is in the space that is written, is taken from what is read."""
+        return getattr(self, "is_centred", False)
+
     def init(self, key: jax.Array, *, d_in: int, n_latents: int, d_out: int | None = None, **options: Any) -> Params:
         """The arrays at the start.
 
@@ -81,8 +87,20 @@ class Architecture(abc.ABC):
 
         Returns:
             The arrays.
+
+        Raises:
+            InvalidInputError: The numbers do not go together.
         """
         self.check(n_latents)
+        if d_out not in (None, d_in) and self.reads_b_dec:
+            raise InvalidInputError(
+                four_part(
+                    f"d_in = {d_in} and d_out = {d_out} were given",
+                    where=f"{self}",
+                    expected="the same width: b_dec, which is written, is subtracted from what is read.",
+                    fix="use a variant with is_centred=False, such as TopK(k, is_centred=False).",
+                )
+            )
         params = parameters.init_params(key, d_in=d_in, n_latents=n_latents, d_out=d_out, **options)
         return dict(sorted((params | self.extra_params(n_latents)).items()))
 

@@ -58,7 +58,7 @@ class GhostGrads:
             )
 
     def dead(self, is_dead: jax.Array, step: jax.Array) -> jax.Array:
-        """Which latents the term is about, `[latent]`."""
+        """Which latents the term is about, `[latent]`: those of `is_dead`, or all, by the `step`."""
         return is_dead | (step < self.n_first_steps)
 
     def __call__(
@@ -118,7 +118,7 @@ class AuxK:
             )
 
     def dead(self, is_dead: jax.Array, step: jax.Array) -> jax.Array:
-        """Which latents the term is about, `[latent]`."""
+        """Which latents the term is about, `[latent]`: those of `is_dead`, whatever the `step`."""
         del step
         return is_dead
 

@@ -50,6 +50,11 @@ class MatchingPursuit(Architecture):
     is_normalised: ClassVar[bool] = True
     can_fold_norms: ClassVar[bool] = False
 
+    @property
+    def reads_b_dec(self) -> bool:
+        """Always: what is pursued is `x - b_dec`."""
+        return True
+
     def check(self, n_latents: int) -> None:
         """Raise `InvalidInputError` if k is above `n_latents`."""
         check_k(self.k, n_latents, where=f"MatchingPursuit, with {n_latents} latents")

@@ -132,9 +132,8 @@ def check_config(config: TrainConfig, widths: Mapping[str, int]) -> None:
 
 def _check_transcoder(config: TrainConfig, site: tuple[str, str]) -> None:
     architecture = config.rule.architecture
-    reads_back = getattr(architecture, "is_centred", False) or architecture.name == "matching_pursuit"
-    if reads_back or config.scaling not in normalization.FOLDABLE:
-        what = f"scaling {config.scaling!r}" if not reads_back else f"{architecture}"
+    if architecture.reads_b_dec or config.scaling not in normalization.FOLDABLE:
+        what = f"scaling {config.scaling!r}" if not architecture.reads_b_dec else f"{architecture}"
         raise InvalidInputError(
             four_part(
                 f"{what} was given",

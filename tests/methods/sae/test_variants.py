@@ -418,11 +418,29 @@ def test_the_geometric_median(rng) -> None:
         (lambda: JumpReLU(penalty="l1"), UnknownNameError, "Did you mean 'l0'"),
         (lambda: JumpReLU(bandwidth=0.0), InvalidInputError, "bandwidth = 0.0"),
         (lambda: ReLU().init(jax.random.key(0), d_in=0, n_latents=4), InvalidInputError, "d_in = 0"),
+        (lambda: ReLU().init(jax.random.key(0), d_in=3, n_latents=4, d_out=2), InvalidInputError, "is_centred=False"),
+        (
+            lambda: MatchingPursuit(k=1).init(jax.random.key(0), d_in=3, n_latents=4, d_out=2),
+            InvalidInputError,
+            "d_out",
+        ),
         (lambda: estimate("unit", np.ones((2, 2))), UnknownNameError, "unit_ms"),
         (lambda: estimate("unit_ms", np.zeros((2, 2))), InvalidInputError, "all zero"),
         (lambda: estimate("unit_ms", np.zeros((0, 2))), InvalidInputError, "No activations"),
     ],
-    ids=["top_k", "batch_top_k", "matryoshka", "penalty", "bandwidth", "d_in", "rule", "zeros", "empty"],
+    ids=[
+        "top_k",
+        "batch_top_k",
+        "matryoshka",
+        "penalty",
+        "bandwidth",
+        "d_in",
+        "centred",
+        "pursuit",
+        "rule",
+        "zeros",
+        "empty",
+    ],
 )
 def test_bad_input(make, error, words) -> None:
     with pytest.raises(error) as info:
