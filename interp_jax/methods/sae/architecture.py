@@ -152,6 +152,11 @@ class Architecture(abc.ABC):
         del training_pass, step
         return params
 
+    def in_units(self, factor: float) -> Architecture:
+        """The variant whose own numbers, where they are in units of the activations, are `factor` times as large."""
+        del factor
+        return self
+
     def scaled_biases(self, params: Params, factors: jax.Array) -> Params:
         """All that is added to or compared with pre-activations, `factors` times as large.
 

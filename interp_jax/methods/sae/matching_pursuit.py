@@ -18,7 +18,7 @@ Source: Costa et al. 2025, From Flat to Hierarchical (MP-SAE); Mallat & Zhang 19
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, final
 
 import jax
@@ -79,6 +79,10 @@ class MatchingPursuit(Architecture):
             penalty=jnp.zeros(()),
             auxiliary=jnp.zeros(()),
         )
+
+    def in_units(self, factor: float) -> MatchingPursuit:
+        """The tolerance times `factor`."""
+        return replace(self, tolerance=self.tolerance * factor)
 
     def scaled_biases(self, params: Params, factors: jax.Array) -> Params:
         """Nothing: `factors` scale no array in `params`."""

@@ -97,7 +97,7 @@ class SAE:
         """The latents of activations.
 
         Args:
-            x: Activations of the read site, `[..., d_in]`.
+            x: Activations of the read site, `[..., d_in]`; those of heads may be `[..., head, d_head]`.
 
         Returns:
             Latents, `[..., latent]`, float32.
@@ -154,9 +154,11 @@ class SAE:
             x: Activations of the read site, `[..., d_in]`.
 
         Returns:
-            `[..., d_out]`.
+            `[..., d_out]`; heads are apart as they came.
         """
-        return self.decode(self.encode(x), x).astype(jnp.asarray(x).dtype)
+        x = jnp.asarray(x)
+        written = self.decode(self.encode(x), x).astype(x.dtype)
+        return written.reshape(x.shape) if written.size == x.size else written
 
     def fold_scale(self) -> SAE:
         """The same function with the input's scale inside the weights; latents come out in the model's units.
@@ -187,6 +189,7 @@ class SAE:
             params = {name: v * ratio if name in ("W_enc", "W_skip") else v for name, v in params.items()}
         return replace(
             self,
+            architecture=self.architecture.in_units(float(1 / out)),
             params=params,
             input_scaling=Normalization(),
             output_scaling=None if self.output_scaling is None else Normalization(),
@@ -217,6 +220,8 @@ class SAE:
 
     def _rows(self, x: Any, *, where: str) -> tuple[jax.Array, tuple[int, ...]]:
         x = jnp.asarray(x)
+        if x.ndim > 1 and x.shape[-1] != self.d_in and x.shape[-2] * x.shape[-1] == self.d_in:
+            x = x.reshape(*x.shape[:-2], self.d_in)  # What heads hold, side by side.
         if x.ndim < 1 or x.shape[-1] != self.d_in or not jnp.issubdtype(x.dtype, jnp.floating):
             raise ShapeError(
                 four_part(

@@ -397,6 +397,21 @@ def test_a_transcoder_writes_another_width(rng, has_skip) -> None:
     np.testing.assert_allclose(folded(x), expected / 3, rtol=1e-4, atol=1e-5)
 
 
+def test_heads_go_in_side_by_side(rng) -> None:
+    sae, x = SAE(ReLU(), random_params(ReLU(), rng)), rows(rng)
+    heads = x.reshape(4, 4, 2, D // 2)
+    np.testing.assert_array_equal(sae.encode(heads), sae.encode(x.reshape(4, 4, D)))
+    np.testing.assert_array_equal(sae(heads), sae(x.reshape(4, 4, D)).reshape(4, 4, 2, D // 2))
+
+
+def test_a_tolerance_is_folded_too(rng) -> None:
+    x = 5 * rows(rng)
+    variant = MatchingPursuit(k=6, tolerance=0.5)
+    sae = SAE(variant, random_params(variant, rng), Normalization("unit_ms", 0.1))
+    assert (sae.encode(x) != SAE(MatchingPursuit(k=6), sae.params, sae.input_scaling).encode(x)).any()
+    np.testing.assert_allclose(sae.fold_scale()(x), sae(x), rtol=1e-4, atol=1e-4)
+
+
 def test_the_geometric_median(rng) -> None:
     points = rng.normal(size=(50, 3))
     median = geometric_median(points)
