@@ -7,7 +7,8 @@ reconstruction in the stream's place?
 Expected: most of the variance, at a loss a little above the model's own; far better than with the mean in its place.
 
 The run's state is saved in `directory` as it goes, and the same command takes it up where it was. The dictionary is
-saved there too (`sae/`, for `load_sae`).
+saved there too (`sae/`, for `load_sae`). The activations of a small text are written to disk once and read for every
+epoch; with `n_buffer_tokens` they are computed as they are needed, for texts that are larger than the disk.
 
 >>> Config().architecture(), SMOKE.n_steps
 (TopK(k=32, is_centred=True), 30)
@@ -20,14 +21,18 @@ Source: Gao et al. 2024 (2406.04093) for the method.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interp_jax.core.errors import UnknownNameError, four_part
-from interp_jax.data.text_streams import pack
+from interp_jax.data.text_streams import Packed, pack
 from interp_jax.figures.sae_evaluation import density_figure, evaluation_page
 from interp_jax.figures.sae_training import training_figure
+from interp_jax.forward.activation_files import write_activations
+from interp_jax.forward.batch_streams import BatchStream
+from interp_jax.forward.shards import ShardStream
 from interp_jax.forward.store import ActivationStream, Buffer
 from interp_jax.methods.sae import SAE, VARIANTS, AuxK, StepRule, TrainConfig, train
 from interp_jax.methods.sae.architecture import Architecture
@@ -55,7 +60,7 @@ class Config:
         batch_size: Tokens per step.
         learning_rate: Of Adam.
         n_ctx: Tokens per sequence.
-        n_buffer_tokens: How many tokens' activations are mixed.
+        n_buffer_tokens: How many tokens' activations are mixed as they are computed; 0 to write all of them to disk.
         n_held_out: On how many sequences of held-out text it is evaluated.
         dead_after_tokens: A latent that does not fire for so many tokens is dead, and brought back by AuxK.
         seed: Of weights and order.
@@ -73,7 +78,7 @@ class Config:
     batch_size: int = 1024
     learning_rate: float = 1e-3
     n_ctx: int = 128
-    n_buffer_tokens: int = 65536
+    n_buffer_tokens: int = 0
     n_held_out: int = 64
     dead_after_tokens: int = 200_000
     seed: int = 0
@@ -115,7 +120,6 @@ SMOKE = Config(
     n_steps=30,
     batch_size=64,
     n_ctx=32,
-    n_buffer_tokens=2048,
     n_held_out=4,
 )
 
@@ -159,10 +163,8 @@ def run(config: Config, *, lm: LanguageModel | None = None, progress: bool = Tru
     """
     model = load(config.model) if lm is None else lm
     packed = pack(config.text, model, n_ctx=config.n_ctx)
-    buffer = Buffer(n_rows=config.n_buffer_tokens)
-    stream = ActivationStream(
-        model, packed.train, config.site, batch_size=config.batch_size, seed=config.seed, buffer=buffer
-    )
+    directory = Path(config.directory)
+    stream = open_stream(config, model, packed.train, directory)
     rule = StepRule(
         config.architecture(),
         learning_rate=config.learning_rate,
@@ -181,12 +183,34 @@ def run(config: Config, *, lm: LanguageModel | None = None, progress: bool = Tru
         seed=config.seed,
     )
     origin = {"model": model.name, "text": config.text, "n_ctx": config.n_ctx}
-    directory = Path(config.directory)
     trained = train(settings, stream, directory=directory, save_every=500, origin=origin, progress=progress)
     sae: SAE = trained.saes[0]
     save_sae(sae, directory / "sae", overwrite=True)
     evaluation = evaluate_sae(model, sae, packed.held_out[: config.n_held_out], n_untouched=1, progress=progress)
     return Result(model.name, config.site, trained.log, evaluation, str(directory / "sae"))
+
+
+def open_stream(config: Config, lm: LanguageModel, packed: Packed, directory: Path) -> BatchStream:
+    """The activations: computed as they are needed, or written to disk unless they are there.
+
+    Args:
+        config: What is trained on what.
+        lm: The model.
+        packed: The text.
+        directory: The run's folder.
+
+    Returns:
+        The stream.
+    """
+    if config.n_buffer_tokens:
+        buffer = Buffer(n_rows=config.n_buffer_tokens)
+        return ActivationStream(lm, packed, config.site, batch_size=config.batch_size, seed=config.seed, buffer=buffer)
+    digest = hashlib.sha256(f"{lm.name} {config.site} {packed.fingerprint}".encode()).hexdigest()[:8]
+    folder = directory / f"activations_{digest}"
+    if not folder.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        write_activations(lm, packed, config.site, folder, seed=config.seed)
+    return ShardStream(folder, batch_size=config.batch_size, seed=config.seed)
 
 
 def plot(result: Result) -> dict[str, Any]:

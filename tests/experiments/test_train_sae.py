@@ -41,8 +41,15 @@ def test_from_text_to_a_dictionary(text, tmp_path) -> None:
     again = train_sae.run(config, lm=lm, progress=False)
     assert again.evaluation.losses == result.evaluation.losses
     np.testing.assert_array_equal(load_sae(tmp_path / "sae").W_dec, sae.W_dec)
+    assert len(list(tmp_path.glob("activations_*"))) == 1
     with pytest.raises(LoadError, match="seed: 1, there 0"):
         train_sae.run(dataclasses.replace(config, seed=1), lm=lm, progress=False)
+
+
+def test_activations_computed_as_they_are_needed(text, tmp_path) -> None:
+    config = dataclasses.replace(SMOKE, text=text, directory=str(tmp_path), n_buffer_tokens=2048, n_steps=4)
+    result = train_sae.run(config, lm=load(ORACLES / "tiny_llama"), progress=False)
+    assert result.log[-1]["step"] == 4 and not list(tmp_path.glob("activations_*"))
 
 
 def test_variants_by_name() -> None:
