@@ -7,8 +7,9 @@ reconstruction in the stream's place?
 Expected: most of the variance, at a loss a little above the model's own; far better than with the mean in its place.
 
 The run's state is saved in `directory` as it goes, and the same command takes it up where it was. The dictionary is
-saved there too (`sae/`, for `load_sae`). The activations of a small text are written to disk once and read for every
-epoch; with `n_buffer_tokens` they are computed as they are needed, for texts that are larger than the disk.
+saved there too (`sae/`, for `load_sae`), and a site that shows each of its latents (`dashboard/index.html`). The
+activations of a small text are written to disk once and read for every epoch; with `n_buffer_tokens` they are computed
+as they are needed, for texts that are larger than the disk.
 
 >>> Config().architecture(), SMOKE.n_steps
 (TopK(k=32, is_centred=True), 30)
@@ -22,13 +23,14 @@ Source: Gao et al. 2024 (2406.04093) for the method.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interp_jax.core.errors import UnknownNameError, four_part
 from interp_jax.data.text_streams import Packed, pack
 from interp_jax.figures.sae_evaluation import density_figure, evaluation_page
+from interp_jax.figures.sae_site import write_site
 from interp_jax.figures.sae_training import training_figure
 from interp_jax.forward.activation_files import write_activations
 from interp_jax.forward.batch_streams import BatchStream
@@ -36,6 +38,7 @@ from interp_jax.forward.shards import ShardStream
 from interp_jax.forward.store import ActivationStream, Buffer
 from interp_jax.methods.sae import SAE, VARIANTS, AuxK, StepRule, TrainConfig, train
 from interp_jax.methods.sae.architecture import Architecture
+from interp_jax.methods.sae.dashboard import latent_dashboard
 from interp_jax.methods.sae.evaluation import SAEEvaluation, evaluate_sae
 from interp_jax.methods.sae.files import save_sae
 from interp_jax.models.loading import load
@@ -62,6 +65,7 @@ class Config:
         n_ctx: Tokens per sequence.
         n_buffer_tokens: How many tokens' activations are mixed as they are computed; 0 to write all of them to disk.
         n_held_out: On how many sequences of held-out text it is evaluated.
+        n_dashboard: On how many such sequences its latents are looked at, for the dashboard; 0 for none.
         dead_after_tokens: A latent that does not fire for so many tokens is dead, and brought back by AuxK.
         seed: Of weights and order.
         directory: Where the run's state and the dictionary are saved.
@@ -80,6 +84,7 @@ class Config:
     n_ctx: int = 128
     n_buffer_tokens: int = 0
     n_held_out: int = 64
+    n_dashboard: int = 256
     dead_after_tokens: int = 200_000
     seed: int = 0
     directory: str = "runs/train_sae/state"
@@ -121,6 +126,7 @@ SMOKE = Config(
     batch_size=64,
     n_ctx=32,
     n_held_out=4,
+    n_dashboard=4,
 )
 
 
@@ -134,6 +140,7 @@ class Result:
         log: The numbers of the logged steps.
         evaluation: On held-out text.
         directory: Where the dictionary is.
+        dashboard: The page of its latents, to open in a browser; empty for none.
     """
 
     model: str
@@ -141,9 +148,11 @@ class Result:
     log: list[dict[str, Any]]
     evaluation: SAEEvaluation
     directory: str
+    dashboard: str = ""
 
     def __repr__(self) -> str:
-        return f"{self.evaluation}\nThe dictionary is in {self.directory}."
+        page = f" Its latents: open {self.dashboard}." if self.dashboard else ""
+        return f"{self.evaluation}\nThe dictionary is in {self.directory}.{page}"
 
 
 def run(config: Config, *, lm: LanguageModel | None = None, progress: bool = True) -> Result:
@@ -187,7 +196,12 @@ def run(config: Config, *, lm: LanguageModel | None = None, progress: bool = Tru
     sae: SAE = trained.saes[0]
     save_sae(sae, directory / "sae", overwrite=True)
     evaluation = evaluate_sae(model, sae, packed.held_out[: config.n_held_out], n_untouched=1, progress=progress)
-    return Result(model.name, config.site, trained.log, evaluation, str(directory / "sae"))
+    page = ""
+    if config.n_dashboard:
+        looked_at = replace(packed.held_out, tokens=packed.held_out.tokens[: config.n_dashboard * config.n_ctx])
+        seen = latent_dashboard(model, sae, looked_at, progress=progress)
+        page = str(write_site(seen, directory / "dashboard", overwrite=True))
+    return Result(model.name, config.site, trained.log, evaluation, str(directory / "sae"), page)
 
 
 def open_stream(config: Config, lm: LanguageModel, packed: Packed, directory: Path) -> BatchStream:

@@ -47,6 +47,7 @@ def neuronpedia_batches(
     sae_set: str = "",
     dataset: str = "",
     per_batch: int = 128,
+    overwrite: bool = False,
 ) -> list[Path]:
     """Write the batches.
 
@@ -57,6 +58,7 @@ def neuronpedia_batches(
         sae_set: Its name of the set of SAEs.
         dataset: Its name of the text; by default the text's own.
         per_batch: Latents per file.
+        overwrite: Whether to take the place of a folder that holds something.
 
     Returns:
         The batches' files.
@@ -69,7 +71,7 @@ def neuronpedia_batches(
     shared = {"model_id": model_id or data.model, "layer": data.read.layer or 0, "sae_set": sae_set}
     dataset = dataset or data.text
     alive = np.flatnonzero(data.n_fired > 0)
-    with new_folder(directory, where="neuronpedia_batches") as folder:
+    with new_folder(directory, overwrite=overwrite, where="neuronpedia_batches") as folder:
         starts = range(0, len(alive), per_batch)
         for number, start in enumerate(starts):
             features = [_feature(data, row, dataset) for row in alive[start : start + per_batch].tolist()]

@@ -18,7 +18,6 @@ Source: interp_jax; Bricken et al. 2023 and Neuronpedia for what such pages show
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -44,12 +43,20 @@ _NOTES = (
     "Activations are in the units of the SAE.",
     "The strongest examples are one per sequence. Below them the range from 0 to the largest activation is cut into "
     "equal intervals, each with a random sample of the tokens in it.",
-    "Logit effects are those of the decoder row alone, through the final norm's gain and the unembedding, less their "
-    "mean over the vocabulary, per unit of the latent at a residual stream of scale 1.",
+    "Logit effects are those of the decoder row alone, at norm 1, through the final norm's gain and the unembedding, "
+    "less their mean over the vocabulary. The final norm also divides them by the size of the residual stream, which "
+    "differs from token to token and is left out.",
 )
 
 
-def write_site(data: DashboardData, directory: str | os.PathLike[str], *, title: str = "", per_file: int = 32) -> Path:
+def write_site(
+    data: DashboardData,
+    directory: str | os.PathLike[str],
+    *,
+    title: str = "",
+    per_file: int = 32,
+    overwrite: bool = False,
+) -> Path:
     """Write the site of some latents.
 
     Args:
@@ -57,6 +64,7 @@ def write_site(data: DashboardData, directory: str | os.PathLike[str], *, title:
         directory: Where; a new or empty folder. It appears under its name when it is complete.
         title: Heading; by default model and site.
         per_file: Latents per file of data.
+        overwrite: Whether to take the place of a folder that holds something.
 
     Returns:
         The page to open, `index.html`.
@@ -66,7 +74,7 @@ def write_site(data: DashboardData, directory: str | os.PathLike[str], *, title:
     """
     check_positive(where="write_site", per_file=per_file)
     heading = title or " · ".join(part for part in (data.model, str(data.write)) if part)
-    with new_folder(directory, where="write_site") as folder:
+    with new_folder(directory, overwrite=overwrite, where="write_site") as folder:
         caption = f"{len(data.latents):,} latents on {data.n_tokens:,} tokens" + (
             f" of {data.text}" if data.text else ""
         )
@@ -84,40 +92,38 @@ def write_site(data: DashboardData, directory: str | os.PathLike[str], *, title:
 
 
 @contextmanager
-def new_folder(directory: str | os.PathLike[str], *, where: str) -> Iterator[Path]:
+def new_folder(directory: str | os.PathLike[str], *, overwrite: bool, where: str) -> Iterator[Path]:
     """A folder to fill, which gets its name when all went well.
 
     Args:
         directory: Its name.
+        overwrite: Whether it may take the place of a folder that holds something.
         where: The public call, for error messages.
 
     Returns:
         A context with a folder beside it.
 
     Raises:
-        InvalidInputError: There is something of that name that is no empty folder.
+        InvalidInputError: There is something of that name that it must not take the place of.
     """
     target = Path(directory)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not overwrite)):
         raise InvalidInputError(
             four_part(
                 f"{str(target)!r}, which is there and not empty, was given",
                 where=where,
                 expected="a new or empty folder.",
-                fix="choose another name, or delete it first.",
+                fix="choose another name, or pass overwrite=True to replace a folder.",
             )
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=target.parent))
-    try:
-        yield folder
-        folder.chmod(0o755)  # Temporary folders are their owner's alone; a site is for a server to read.
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=target.parent) as beside:
+        new = Path(beside) / "new"
+        new.mkdir()
+        yield new
         if target.exists():
-            target.rmdir()
-        folder.rename(target)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+            target.rename(Path(beside) / "old")
+        new.rename(target)
 
 
 def site_index(data: DashboardData, per_file: int) -> dict[str, Any]:
@@ -142,7 +148,7 @@ def site_index(data: DashboardData, per_file: int) -> dict[str, Any]:
         "largest": [_rounded(value) for value in data.largest],
         "words": [[texts.number(token) for token in _words(data, row)] for row in range(len(data.latents))],
         "texts": texts.texts,
-        "histogram": {"counts": counts.tolist(), "low": low, "high": high},
+        "histogram": {"counts": counts.tolist(), "low": low, "high": 0.0},
         "about": [
             ["model", data.model or "?"],
             ["SAE", data.sae],

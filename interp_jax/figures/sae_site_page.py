@@ -56,8 +56,8 @@ button { cursor: pointer; }
 .search span { display: block; }
 .search input { width: 100%; }
 .filters { display: flex; flex-wrap: wrap; gap: 6px 10px; margin: 8px 0; font-size: 12px; align-items: center; }
-.filters input { width: 58px; padding: 2px 4px; }
-.filters select { padding: 2px 4px; }
+.filters input { width: 58px; padding: 2px 4px; margin-left: 4px; }
+.filters select { padding: 2px 4px; margin-left: 4px; }
 #list { list-style: none; margin: 0; padding: 0; overflow-y: auto; flex: 1; min-height: 0; }
 #list a { display: grid; grid-template-columns: 48px 62px minmax(0, 1fr); gap: 6px; padding: 3px 6px;
   border-radius: 5px; color: inherit; text-decoration: none; font-size: 12px; white-space: nowrap;

@@ -35,6 +35,8 @@ def test_from_text_to_a_dictionary(text, tmp_path) -> None:
     assert 0 < numbers.l0 <= config.k and numbers.n_latents == config.n_latents
     assert result.log[-1]["step"] == config.n_steps and result.directory in repr(result)
     assert {name.rpartition(".")[2] for name in train_sae.plot(result)} == {"png", "html"}
+    assert result.dashboard == str(tmp_path / "dashboard" / "index.html") and result.dashboard in repr(result)
+    assert len(list((tmp_path / "dashboard" / "data").iterdir())) == 1 + config.n_latents // 32
     sae = load_sae(tmp_path / "sae")
     assert str(sae.read) == config.site and dict(sae.origin)["text"] == text
     # Again: the run is there, and nothing is trained anew.
@@ -47,7 +49,9 @@ def test_from_text_to_a_dictionary(text, tmp_path) -> None:
 
 
 def test_activations_computed_as_they_are_needed(text, tmp_path) -> None:
-    config = dataclasses.replace(SMOKE, text=text, directory=str(tmp_path), n_buffer_tokens=2048, n_steps=4)
+    config = dataclasses.replace(
+        SMOKE, text=text, directory=str(tmp_path), n_buffer_tokens=2048, n_steps=4, n_dashboard=0
+    )
     result = train_sae.run(config, lm=load(ORACLES / "tiny_llama"), progress=False)
     assert result.log[-1]["step"] == 4 and not list(tmp_path.glob("activations_*"))
 

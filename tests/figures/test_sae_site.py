@@ -229,9 +229,16 @@ def test_folders_are_not_written_over(data, tmp_path):
     for write in (write_site, neuronpedia_batches):
         with pytest.raises(InvalidInputError, match=r"not empty, was given[\s\S]*a new or empty folder[\s\S]*Fix:"):
             write(data, tmp_path / "site")
-    broken = replace(data, texts={})
-    with pytest.raises(KeyError):
-        write_site(broken, tmp_path / "other")
+    for path in (tmp_path / "other", tmp_path / "site"):
+        with pytest.raises(KeyError):
+            write_site(replace(data, texts={}), path, overwrite=True)
+    assert len(read_site(tmp_path / "site")[1]) == 1
+    write_site(data, tmp_path / "site", per_file=2, overwrite=True)
+    assert len(read_site(tmp_path / "site")[1]) == 3
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InvalidInputError, match="file', which is there"):
+        write_site(data, tmp_path / "file", overwrite=True)
+    (tmp_path / "file").unlink()
     assert [path.name for path in tmp_path.iterdir()] == ["site"]
     with pytest.raises(InvalidInputError, match="per_file=0"):
         write_site(data, tmp_path / "third", per_file=0)

@@ -4,6 +4,7 @@ Source: Bricken et al. 2023, Towards Monosemanticity; the sources of each varian
 """
 
 from interp_jax.methods.sae.batch_top_k import BatchTopK
+from interp_jax.methods.sae.dashboard import DashboardData, Show, latent_dashboard
 from interp_jax.methods.sae.dead_latents import AuxK, GhostGrads
 from interp_jax.methods.sae.evaluation import SAEEvaluation, evaluate_sae
 from interp_jax.methods.sae.files import export_saelens, load_sae, save_sae
@@ -25,6 +26,7 @@ __all__ = [
     "VARIANTS",
     "AuxK",
     "BatchTopK",
+    "DashboardData",
     "Gated",
     "GhostGrads",
     "JumpReLU",
@@ -34,12 +36,14 @@ __all__ = [
     "Redraw",
     "Resample",
     "SAEEvaluation",
+    "Show",
     "StepRule",
     "TopK",
     "TrainConfig",
     "TrainResult",
     "evaluate_sae",
     "export_saelens",
+    "latent_dashboard",
     "load_sae",
     "save_sae",
     "train",

@@ -3,10 +3,11 @@
 A decoder row is added to the residual stream; the final norm multiplies it with a gain (a LayerNorm takes its mean
 off first) and divides it by a scale that is the same for all tokens; the unembedding makes logits of it:
 
-    effect = Unembed(gain * row) - mean over the vocabulary, which a softmax does not see
+    effect = Unembed(gain * row / |row|) - mean over the vocabulary, which a softmax does not see
 
-Ranks of tokens do not depend on the scale, which is left out: effects are those at a residual of scale 1, per unit of
-the latent. A row written before an MLP's or a head's output weights goes through these.
+The scale differs from token to token and is left out, and so is the row's norm, which depends on the units of the
+latents: effects compare tokens and latents. What is written before an MLP's or a head's output weights goes through
+these.
 
 >>> found = nearest_rows(np.array([[1.0, 0.0], [-2.0, 0.0], [0.0, 3.0]]), np.array([0]), 2)
 >>> found.latent.tolist(), found.cosine.tolist()
@@ -29,7 +30,6 @@ from jax import lax
 
 from interp_jax.core.sites import Site
 from interp_jax.forward.readout import norm_parts, norm_readout
-from interp_jax.methods.sae.normalization import FOLDABLE
 from interp_jax.methods.sae.sae import SAE
 from interp_jax.transforms.compilations import counted_jit
 
@@ -49,7 +49,7 @@ class LogitEffects(NamedTuple):
 
     Args:
         top_ids: Ids of the tokens that gain most, best first, `[latent, k]`.
-        top: Their effects, in logits per unit of the latent, float32.
+        top: Their effects, in logits at norm and scale 1, float32.
         bottom_ids: Ids of those that lose most, worst first.
         bottom: Their effects.
         counts: How many tokens have which effect, `[latent, bin]`; the bins cut the range from `bottom[:, 0]` to
@@ -99,9 +99,7 @@ def logit_effects(
     W_out = _output_weights(lm, write)
     if W_out is None and write.name not in IN_RESIDUAL:
         return None
-    scaling = sae.output_scaling or sae.input_scaling
-    factor = 1 / np.asarray(scaling.scale, np.float32) if scaling.rule in FOLDABLE else np.float32(1)
-    rows = np.asarray(sae.W_dec, np.float32)[latents] * factor
+    rows = _unit(np.asarray(sae.W_dec, np.float32)[latents])
     d_model = rows.shape[1] if W_out is None else W_out.shape[1]
     dtype = next(row.value.dtype for row in lm.sites().rows if row.site == write)
     residual = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, d_model)), dtype)
@@ -160,17 +158,21 @@ def nearest_rows(rows: Any, latents: np.ndarray, k: int) -> Neighbours:
     Returns:
         The neighbours. The cosine with a row of zeros is 0.
     """
-    rows = np.asarray(rows, np.float32)
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    unit = jnp.asarray(rows / np.where(norms > 0, norms, 1))
-    k = min(k, len(rows) - 1)
-    n_block = int(np.clip(_BLOCK_BYTES // (4 * len(rows)), 1, max(len(latents), 1)))
+    unit = jnp.asarray(_unit(np.asarray(rows, np.float32)))
+    k = min(k, len(unit) - 1)
+    n_block = int(np.clip(_BLOCK_BYTES // (4 * len(unit)), 1, max(len(latents), 1)))
     parts = []
     for start in range(0, len(latents), n_block):
         block = latents[start : start + n_block]
         cosines, found = _nearest(unit, np.resize(block, n_block), k=k)
         parts.append((np.asarray(found)[: len(block)], np.asarray(cosines)[: len(block)]))
     return Neighbours(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    """The rows at norm 1; zeros stay."""
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(norms > 0, norms, 1)
 
 
 def _nearest_in_block(unit: jax.Array, block: jax.Array, *, k: int) -> tuple[jax.Array, jax.Array]:

@@ -205,6 +205,11 @@ def residual_sae(key, lm, site, d):
     return SAE(ReLU(), ReLU().init(key, d_in=d, n_latents=6), read=site)
 
 
+def unit(rows):
+    rows = np.asarray(rows, np.float64)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
 def direct_effects(lm, rows):
     """Logits of the rows: the canonical weights, by hand."""
     rows = np.asarray(rows, np.float64)
@@ -217,10 +222,9 @@ def direct_effects(lm, rows):
 def test_logit_effects_are_a_product_of_weights(tiny, key):
     d_model, latents = tiny.config.d_model, np.array([1, 5, 2])
     sae = residual_sae(key, tiny, Site(1, "resid_post"), d_model)
-    scaled = replace(sae, input_scaling=replace(sae.input_scaling, rule="unit_ms", scale=jnp.float32(4.0)))
     found = logit_effects(tiny, sae, Site(1, "resid_post"), latents, n_tokens=4)
     assert found is not None
-    direct = direct_effects(tiny, sae.W_dec[latents])
+    direct = direct_effects(tiny, unit(sae.W_dec[latents]))
     size = np.abs(direct).max()
     ordered = np.sort(direct, axis=1)
     np.testing.assert_allclose(found.top, ordered[:, ::-1][:, :4], atol=1e-5 * size)
@@ -232,10 +236,11 @@ def test_logit_effects_are_a_product_of_weights(tiny, key):
         # An effect may stand at an edge, and rounding put it on either side: sums up to an edge differ by few.
         edges = np.linspace(low, high, N_BINS + 1)[1:-1]
         assert np.abs(np.cumsum(counts)[:-1] - (row[:, None] < edges).sum(0)).max() <= 1
-    # The row that is written is in the model's units: what the SAE calls 1 is a quarter there.
-    quarter = logit_effects(tiny, scaled, Site(1, "resid_post"), latents, n_tokens=4)
-    assert quarter is not None
-    np.testing.assert_allclose(quarter.top, found.top / 4, rtol=1e-5)
+    # Units of the latents are no part of it.
+    longer = replace(sae, params=sae.params | {"W_dec": 3 * sae.W_dec})
+    again = logit_effects(tiny, longer, Site(1, "resid_post"), latents, n_tokens=4)
+    assert again is not None
+    np.testing.assert_allclose(again.top, found.top, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "weight"), [("mlp_post", "W_out"), ("z", "W_O")])
@@ -244,7 +249,7 @@ def test_logit_effects_go_through_output_weights(tiny_llama, key, name, weight):
     sae = residual_sae(key, tiny_llama, Site(1, name), len(W))
     found = logit_effects(tiny_llama, sae, Site(1, name), np.arange(6), n_tokens=3)
     assert found is not None
-    direct = direct_effects(tiny_llama, np.asarray(sae.W_dec) @ W)
+    direct = direct_effects(tiny_llama, unit(sae.W_dec) @ W)
     np.testing.assert_allclose(found.top, np.sort(direct, 1)[:, ::-1][:, :3], atol=1e-5 * np.abs(direct).max())
 
 
