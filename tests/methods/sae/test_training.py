@@ -37,6 +37,7 @@ from interp_jax.methods.sae.decoder_norm import constrained, tangent
 from interp_jax.methods.sae.parameters import unit_rows
 from interp_jax.methods.sae.resampling import draw, redrawn, resampled
 from interp_jax.methods.sae.train_step import init_state, step, steps
+from interp_jax.methods.sae.training import _Run
 
 D, N, B = 6, 10, 16
 
@@ -312,17 +313,29 @@ def test_resampling_renews_the_dead_and_leaves_the_rest(rng, variant) -> None:
     np.testing.assert_array_equal(again.params["W_dec"][~dead], before.params["W_dec"][~dead])
 
 
-def test_resampling_in_a_run_brings_latents_back(rng) -> None:
-    # So strong a penalty lowers the biases until nothing fires; after resampling latents live.
-    x = np.asarray(rows(rng, n=256))
-    rule = StepRule(ReLU(), n_steps=24, learning_rate=0.5)
-    for recipe in (Resample(at_steps=(20,), window_steps=5, n_inputs=64), Redraw(at_steps=(20,), frequency=0.5)):
-        config = TrainConfig(
-            rule, N, ("x",), coefficients=(100.0,), n_sample_batches=2, resampling=recipe, scaling="none"
-        )
-        result = train(config, ArrayStream(x, batch_size=B, seed=0), progress=False, log_every=1)
-        l0 = [entry["l0"][0] for entry in result.log]
-        assert l0[19] == 0 and max(l0[20:]) > 0.1
+@pytest.mark.parametrize(
+    "recipe",
+    [Resample(at_steps=(6,), window_steps=5, n_inputs=64), Redraw(at_steps=(6,), frequency=0.01)],
+    ids=["resample", "redraw"],
+)
+def test_resampling_in_a_run_brings_latents_back(rng, recipe) -> None:
+    # Biases that no input overcomes hold half of the latents down until they are renewed.
+    stream = ArrayStream(np.asarray(rows(rng, n=256)), batch_size=B, seed=0)
+    rule = StepRule(ReLU(), n_steps=8, learning_rate=1e-9)
+    run = _Run(TrainConfig(rule, N, ("x",), n_sample_batches=2, resampling=recipe), stream)
+    run.start()
+    is_dead = np.arange(N) % 2 == 0
+    params = run._states[0].params
+    run._states[0] = run._states[0]._replace(params=params | {"b_enc": jnp.where(is_dead, -1e3, 0.0)[None]})
+    for _ in range(5):
+        run.step()
+    before = copied(run._states[0])
+    assert not before.n_fired[0][is_dead].any() and before.n_fired[0][~is_dead].all()
+    run.step()
+    after = copied(run._states[0])
+    assert not after.params["b_enc"][0][is_dead].any() and not after.n_fired.any() and not after.n_window_tokens.any()
+    run.step()
+    assert run._states[0].n_fired[0][is_dead].any()
 
 
 # --- runs ---
