@@ -141,10 +141,11 @@ def _activations(data: DashboardData, row: int) -> list[dict[str, Any]]:
 
 def _examples(data: DashboardData, examples: Examples, group: tuple[float, float, float]) -> list[dict[str, Any]]:
     low, high, share = group
+    low, high = _rounded([low, high])
     return [
         {
-            "bin_min": round(low, 3),
-            "bin_max": round(high, 3),
+            "bin_min": low,
+            "bin_max": high,
             "bin_contains": round(share, 5),
             "tokens": [data.texts[token] for token in tokens[tokens >= 0].tolist()],
             "values": _rounded(values[tokens >= 0]),

@@ -73,7 +73,8 @@ h3 .quiet { font-weight: 400; }
 .facts { display: flex; flex-wrap: wrap; gap: 4px 22px; margin: 0 0 8px; }
 .facts dt { color: var(--quiet); font-size: 12px; }
 .facts dd { margin: 0; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
-.columns { display: flex; flex-wrap: wrap; gap: 0 36px; align-items: flex-start; }
+.columns { display: flex; flex-wrap: wrap; gap: 0 26px; align-items: flex-start; }
+.plots { display: flex; flex-wrap: wrap; gap: 0 26px; flex: 1 1 270px; }
 .columns table { font-size: 12px; }
 .columns td { white-space: nowrap; max-width: 190px; overflow: hidden; text-overflow: ellipsis; }
 .example { display: grid; grid-template-columns: 64px minmax(0, 1fr); gap: 10px; padding: 4px 0;
@@ -171,7 +172,7 @@ function table(heading, rows) {
   return box;
 }
 function bars(heading, counts, low, high, colour) {
-  const box = make("section"), width = 300, height = 80, most = Math.max(...counts, 1);
+  const box = make("section"), width = 270, height = 80, most = Math.max(...counts, 1);
   const plot = svg("svg", { viewBox: "0 0 " + width + " " + (height + 16), width, height: height + 16, role: "img" });
   const edge = (i) => low + (high - low) * i / counts.length;
   plot.append(svg("title", {}, heading));
@@ -231,7 +232,7 @@ function latentPage(latent, record, texts) {
   }
   columns.append(table("Nearest decoder rows", record.neighbours.map(([other, cosine]) =>
     ["latent " + other, signed(cosine), rowOf.has(other) ? other : undefined])));
-  const plots = make("div");
+  const plots = make("div", undefined, "plots");
   if (record.fired) plots.append(bars("Activations", record.bars, 0, largest, () => "var(--series-2)"));
   const sides = (effect) => effect < 0 ? "var(--quiet)" : "var(--series-1)";
   if (record.up)
@@ -302,7 +303,9 @@ function go(step) {
 for (const id of ["query", "low", "high", "order"]) byId(id).addEventListener("input", search);
 byId("more").addEventListener("click", more);
 byId("query").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && matches.length) location.hash = INDEX.latents[matches[0]];
+  if (event.key !== "Enter" || !matches.length) return;
+  location.hash = INDEX.latents[matches[0]];
+  byId("query").blur();  // Keys mean j and k again.
 });
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;

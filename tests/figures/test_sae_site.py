@@ -284,6 +284,7 @@ def test_in_a_browser(data, tmp_path, served):
             assert browser.run(f"return {listed};") == [LATENTS[3]]
             browser.type("#query", ENTER)
             browser.wait(f"{heading} === 'Latent {LATENTS[3]}'")
+            assert browser.run("return document.activeElement === document.body;")
             contexts = browser.run("return [...document.querySelectorAll('.context')].map((c) => c.textContent);")
             assert len(contexts) == sum((one[3] >= 0).sum() for one in (data.top.sequence, data.samples.sequence))
             assert browser.run("return document.querySelector('.context .peak').textContent;") == "日本"
