@@ -14,7 +14,7 @@ from interp_jax.core.results import load_result, save_result
 from interp_jax.core.sites import Site
 from interp_jax.data.text_streams import pack
 from interp_jax.forward.site_values import Keep
-from interp_jax.methods.sae import SAE, ReLU
+from interp_jax.methods.sae import SAE, ReLU, dashboard
 from interp_jax.methods.sae.dashboard import Show, interval_edges, latent_dashboard
 from interp_jax.methods.sae.examples import random_scores, ranks
 from interp_jax.methods.sae.logit_effects import N_BINS, logit_effects, nearest_rows
@@ -136,6 +136,22 @@ def test_samples_depend_on_the_seed_alone(toy, toy_sae, toy_tokens):
     # Twenty copies of each token: two samples of the same token at the same place are rare.
     if (different.n_fired > 0).any():
         assert (different.samples.sequence != same_text.samples.sequence).any()
+
+
+def test_what_is_held_does_not_grow_with_the_text(toy, toy_sae, toy_tokens, monkeypatch):
+    held = []
+
+    def latents(*args):
+        held.append(result := compute(*args))
+        return result
+
+    compute = dashboard._latents
+    monkeypatch.setattr(dashboard, "_latents", latents)
+    monkeypatch.setattr(dashboard, "_LATENT_BYTES", 4 * 6 * N_LATENTS * 3)
+    data = latent_dashboard(toy, toy_sae, toy_tokens, show=SHOW, progress=False)
+    assert [one.shape for one in held] == [(3, 6, N_LATENTS)] * 6  # seven sequences, twice
+    whole = latent_dashboard(toy, toy_sae, toy_tokens, show=SHOW, batch_size=7, progress=False)
+    np.testing.assert_array_equal(data.counts, whole.counts)
 
 
 def test_random_scores_are_uniform_and_independent():
