@@ -139,6 +139,7 @@ def test_null_space_of_random_directions(rng):
     assert fractions.std() == pytest.approx(sd, rel=0.1)
 
 
+TRANSCODER = ReLU(is_centred=False)
 ROWS = np.ones((2, 3))
 BAD = {
     "widths": (lambda: max_cosines(ROWS, np.ones((2, 4))), ShapeError, "width 3 and of width 4"),
@@ -149,7 +150,9 @@ BAD = {
     "map": (lambda: null_space_fractions(ROWS, np.ones((2, 3))), ShapeError, r"W_out \[2, 3\]"),
     "rank": (lambda: random_null_space_fraction(3, 4), InvalidInputError, "n_neurons=3, rank=4"),
     "transcoder": (
-        lambda: encoder_decoder_cosines(SAE(ReLU(), ReLU().init(jax.random.key(0), d_in=3, n_latents=4, d_out=5))),
+        lambda: encoder_decoder_cosines(
+            SAE(TRANSCODER, TRANSCODER.init(jax.random.key(0), d_in=3, n_latents=4, d_out=5))
+        ),
         ShapeError,
         "3 -> 4 latents -> 5",
     ),

@@ -164,7 +164,8 @@ def test_damage_is_refused(saved: Path) -> None:
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown field": ({"bias": 3}, "the field bias = 3 is not known"),
     "a size": ({"d_in": "6"}, "the field d_in = '6': a whole number above 0 is expected"),
-    "another size": ({"d_in": 7}, r"params/W_enc has shape \[6, 10\]: \[7, 10\] is expected"),
+    "another size": ({"d_in": 7, "d_out": 7}, r"params/W_enc has shape \[6, 10\]: \[7, 10\] is expected"),
+    "two sizes": ({"d_in": 7}, "d_in = 7 and d_out = 6: the variant reads b_dec"),
     "a rule": ({"input_scaling": "max"}, "the field input_scaling = 'max': one of none, "),
     "a site": ({"read": "5.resid_post"}, r"the field read = '5.resid_post': \[layer or null, name\]"),
     "an origin": ({"origin": [["a"]]}, r"the field origin = \[\['a'\]\]: pairs"),

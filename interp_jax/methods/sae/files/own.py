@@ -147,6 +147,8 @@ def _sae(contents: Contents, fields: dict[str, Any]) -> SAE:
             contents.fault(f"the field {name} = {site!r:.60}: [layer or null, name], or null, is expected")
     if not isinstance(origin, list) or not all(isinstance(p, list) and len(p) == 2 for p in origin):
         contents.fault(f"the field origin = {origin!r:.60}: pairs of name and value are expected")
+    if d_in != d_out and variant is not None and variant.reads_b_dec:
+        contents.fault(f"d_in = {d_in} and d_out = {d_out}: the variant reads b_dec, so the same are expected")
     if not (d_in and n_latents and d_out) or variant is None or contents.has_faults:
         contents.finish()
         raise AssertionError("a fault was noted")
