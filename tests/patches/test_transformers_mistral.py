@@ -91,6 +91,7 @@ def test_generation_leaves_the_window_with_and_without_cache(models) -> None:
         np.testing.assert_array_equal(tokens, texts[0])
 
 
+@pytest.mark.slow
 def test_upstream_sees_one_position_more_and_without_a_window_only_itself(models) -> None:
     """What the mends are for."""
     plain, _ = models
@@ -124,6 +125,7 @@ def test_tags_alone_change_no_byte_of_the_program(models) -> None:
         assert stable_hlo(lm.forward, lm.params, TOKENS) == stable_hlo(lm.upstream.untagged, lm.params, TOKENS)
 
 
+@pytest.mark.slow
 def test_no_window_and_no_word_of_one_differ() -> None:
     without = transformers_mistral.from_checkpoint(altered(sliding_window=None))
     unsaid = transformers_mistral.from_checkpoint(altered(sliding_window=KeyError))

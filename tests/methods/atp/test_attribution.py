@@ -201,6 +201,7 @@ def test_grad_drop_is_the_mean_over_stopped_gradients(rng, family, layers_per_st
         np.testing.assert_allclose(result.scores[:, i], np.mean(kept, axis=0), rtol=1e-3, atol=2e-6, err_msg=str(node))
 
 
+@pytest.mark.slow
 def test_stacked_layers_and_any_metric_give_the_same(tiny_llama, rng) -> None:
     clean, corrupted = (rng.integers(1, 40, (2, 6)).astype(np.int32) for _ in range(2))
     nodes = node_set(tiny_llama, clean, ["q", "k", "z", "mlp_post"])

