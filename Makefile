@@ -3,8 +3,6 @@
 PYTHON ?= python3
 JOBS ?= 2
 
-# A file's tests share fixtures; the order is tests/conftest.py's.
-DIST := --dist loadfile --no-loadscope-reorder
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
 PIP_FLAGS := --disable-pip-version-check --quiet
@@ -61,17 +59,17 @@ demo: venv
 
 # What CI runs, cheap before dear. Most of its time was LLVM's; the other targets run the code that users run.
 test: lint
-	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" $(BIN)/python -m pytest -n $(JOBS) $(DIST) -m 'not slow'
+	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow'
 
 # Pytest's exit status 5 says that no test is marked slow.
 test-slow: venv venv-oryx browser
-	$(BIN)/python -m pytest -n $(JOBS) $(DIST) -m slow || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow || [ $$? -eq 5 ]
 
 test-oldest: venv-oldest
-	$(OLDEST)/python -m pytest -n $(JOBS) $(DIST) -m 'not slow'
+	$(OLDEST)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow'
 
 test-tunix: venv-tunix
-	.venv-tunix/bin/python -m pytest -n $(JOBS) $(DIST) tests/patches/tunix
+	.venv-tunix/bin/python -m pytest -n $(JOBS) --dist loadfile tests/patches/tunix
 
 test-all: test test-slow test-oldest test-tunix
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import secrets
 import zlib
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +42,6 @@ def pytest_report_header() -> list[str]:
     """The versions and the seed, so that a failure can be repeated."""
     devices = f"jax {jax.__version__}, {jax.device_count()} CPU devices"
     return [f"{devices}; repeat this session with INTERP_TEST_SEED={SESSION_SEED}"]
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files of few tests first: those are the long ones, and none should be left over when all else is done."""
-    n_tests = Counter(item.path for item in items)
-    items.sort(key=lambda item: n_tests[item.path])
 
 
 ORACLES = Path(__file__).parent / "oracles"

@@ -35,7 +35,9 @@ def test_they_are_what_reaping_gives(tiny_llama, is_stacked: bool, rng) -> None:
     assert list(found) == [str(site) for site in reaped]
     for site, value in reaped.items():
         expected = np.asarray(value).reshape(5, 12, -1)
-        np.testing.assert_allclose(found[str(site)][tokens >= 0], expected[tokens >= 0], rtol=1e-4, atol=1e-5)
+        # Other batches sum in another order: float32 rounding, of the size of the largest component.
+        size = np.abs(expected[tokens >= 0]).max()
+        np.testing.assert_allclose(found[str(site)][tokens >= 0], expected[tokens >= 0], rtol=1e-4, atol=1e-5 * size)
     shapes = [
         (rows.shape, values["1.z"].shape[:2]) for rows, values in activation_batches(lm, tokens, "1.z", batch_size=2)
     ]
