@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from interp_jax.core.errors import SiteNotReachedError as SiteNotReachedError
     from interp_jax.core.errors import UnknownNameError as UnknownNameError
     from interp_jax.core.errors import UnsupportedModelError as UnsupportedModelError
+    from interp_jax.core.interventions import Added as Added
     from interp_jax.core.interventions import Masked as Masked
     from interp_jax.core.sites import Site as Site
     from interp_jax.data.alignment import PromptPairs as PromptPairs
@@ -126,7 +127,7 @@ _HOMES = {
         "UnknownNameError",
         "UnsupportedModelError",
     ),
-    "interp_jax.core.interventions": ("Masked",),
+    "interp_jax.core.interventions": ("Added", "Masked"),
     "interp_jax.core.sites": ("Site",),
     "interp_jax.data.alignment": ("PromptPairs", "align_prompts"),
     "interp_jax.data.prompts": (

@@ -1,11 +1,14 @@
 """Interventions: what is done to the value of a site.
 
 An intervention is an array (or pytree of arrays) that takes the value's place, a `Masked(value, mask)` that takes
-its place only where the mask is true, or a function from the value to its replacement.
+its place only where the mask is true, an `Added(value, coefficient)` that is added to it, or a function from the value
+to its replacement.
 
 >>> import numpy as np
 >>> apply_intervention(Masked(0.0, np.array([True, False])), np.array([3.0, 4.0]))
 Array([0., 4.], dtype=float32)
+>>> apply_intervention(Added(np.array([1.0, 0.0]), 10.0), np.array([3.0, 4.0]))
+Array([13.,  4.], dtype=float32)
 
 Source: interp_jax.
 """
@@ -38,7 +41,23 @@ class Masked:
 
 jax.tree_util.register_dataclass(Masked, data_fields=["value", "mask"], meta_fields=[])
 
-Intervention: TypeAlias = "jax.Array | np.ndarray | Masked | Callable[[Any], Any]"
+
+@dataclass(frozen=True)
+class Added:
+    """Add to a value: value + coefficient * added.
+
+    Args:
+        value: What is added; an array that broadcasts to the site's shape, or a Python number.
+        coefficient: What it is multiplied by; broadcasts likewise.
+    """
+
+    value: Any
+    coefficient: Any = 1.0
+
+
+jax.tree_util.register_dataclass(Added, data_fields=["value", "coefficient"], meta_fields=[])
+
+Intervention: TypeAlias = "jax.Array | np.ndarray | Masked | Added | Callable[[Any], Any]"
 
 
 def same_form(value: Any, new: Any, *, where: str, cast: bool = False, hint: str = "") -> Any:
@@ -96,7 +115,7 @@ def apply_intervention(intervention: Intervention, value: Any, *, where: str = "
     """The replacement an intervention makes of a value.
 
     Args:
-        intervention: An array or pytree of arrays, a `Masked`, or a function of the value.
+        intervention: An array or pytree of arrays, a `Masked`, an `Added`, or a function of the value.
         value: The value at the site.
         where: The site, for error messages.
 
@@ -110,6 +129,8 @@ def apply_intervention(intervention: Intervention, value: Any, *, where: str = "
         return same_form(value, intervention(value), where=where)
     if isinstance(intervention, Masked):
         return _masked(intervention, value, where=where)
+    if isinstance(intervention, Added):
+        return _added(intervention, value, where=where)
     return same_form(value, intervention, where=where)
 
 
@@ -136,6 +157,31 @@ def _masked(intervention: Masked, value: Any, *, where: str) -> jax.Array:
     # Broadcast by name: the session may forbid implicit promotion of ranks and dtypes.
     mask, replacement = jnp.broadcast_to(mask, value.shape), jnp.broadcast_to(replacement, value.shape)
     return jnp.where(mask, replacement.astype(value.dtype), value)
+
+
+def _added(intervention: Added, value: Any, *, where: str) -> jax.Array:
+    def refuse(what: str, expected: str, fix: str) -> ShapeError:
+        return ShapeError(four_part(what, where=f"site {where}", expected=expected, fix=fix))
+
+    if not hasattr(value, "shape"):
+        raise refuse(
+            "An Added was given for a value that is no single array",
+            "an array site.",
+            "give a function of the value that adds to what it holds.",
+        )
+    value, added, factor = (jnp.asarray(part) for part in (value, intervention.value, intervention.coefficient))
+    if not all(
+        _broadcasts(part, value) and jnp.can_cast(part.dtype, value.dtype, "same_kind") for part in (added, factor)
+    ):
+        raise refuse(
+            f"Added(value={describe(added)}, coefficient={describe(factor)}) was given",
+            f"both to broadcast to {describe(value)}, and to cast to its dtype.",
+            "give one vector [d_model], a row per position [pos, d_model], or the whole shape of the site.",
+        )
+    # In float32 until the end: in bfloat16 coefficient times value would be rounded twice.
+    wide = jnp.promote_types(value.dtype, jnp.float32)
+    added, factor = (jnp.broadcast_to(part.astype(wide), value.shape) for part in (added, factor))
+    return (value.astype(wide) + factor * added).astype(value.dtype)
 
 
 def _broadcasts(part: Any, value: Any) -> bool:

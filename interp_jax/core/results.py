@@ -12,8 +12,8 @@ or a kill leaves no half result behind.
 >>> saved.result["effect"], saved.config
 (array([ 0.5, -1. ]), {'layer': 5})
 
-A result is a nest of mappings, sequences and dataclasses around arrays, numbers, strings, booleans, None, Sites and
-`Masked`. Arrays go to `arrays.npz`, all else to JSON that refers to them.
+A result is a nest of mappings, sequences and dataclasses around arrays, numbers, strings, booleans, None, Sites,
+`Masked` and `Added`. Arrays go to `arrays.npz`, all else to JSON that refers to them.
 
 Sharp edges: what is read back is plain data. Dataclasses come back as dicts, tuples as lists, Sites as strings (which
 are selectors too), JAX arrays as NumPy arrays. Functions and PRNG keys are refused: save what they were made of.
@@ -43,7 +43,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from interp_jax.core.errors import InvalidInputError, LoadError, four_part
-from interp_jax.core.interventions import Masked
+from interp_jax.core.interventions import Added, Masked
 from interp_jax.core.provenance import provenance
 from interp_jax.core.sites import Site
 
@@ -59,7 +59,7 @@ class SavedResult:
         path: The directory.
         result: The result, as plain data.
         config: The configuration, as plain data.
-        interventions: The interventions, as plain data and `Masked`; None when none were saved.
+        interventions: The interventions, as plain data, `Masked` and `Added`; None when none were saved.
         provenance: Commit, versions, device, seeds, command line, time, digests of the files.
     """
 
@@ -92,7 +92,7 @@ def save_result(
         result: A nest of mappings, sequences and dataclasses around arrays, numbers and strings.
         name: What was computed: letters, digits, "_", "-" and ".".
         config: What it was computed with, in the same form; its digest is part of the directory's name.
-        interventions: Selector -> array or `Masked`, as they were applied.
+        interventions: Selector -> array, `Masked` or `Added`, as they were applied.
         figures: File name -> a Matplotlib figure, text (HTML, SVG) or bytes.
         patch_digests: Patch set -> the digests of the upstream functions it patched.
         seeds: What each seed was for -> the seed.
@@ -214,6 +214,8 @@ def _encode(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
     if isinstance(value, Masked):
         parts = {"value": value.value, "mask": value.mask}
         return {"$masked": {key: _encode(part, f"{path}/{key}", arrays) for key, part in parts.items()}}
+    if isinstance(value, Added):
+        return {"$added": {key: _encode(part, f"{path}/{key}", arrays) for key, part in vars(value).items()}}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     elif isinstance(value, tuple) and hasattr(value, "_asdict"):
@@ -253,6 +255,8 @@ def _decode(document: Any, arrays: Mapping[str, np.ndarray]) -> Any:
         return array.view(document["dtype"]) if array.dtype.kind == "V" else array
     if "$masked" in document:
         return Masked(**{name: _decode(part, arrays) for name, part in document["$masked"].items()})
+    if "$added" in document:
+        return Added(**{name: _decode(part, arrays) for name, part in document["$added"].items()})
     return {name.removeprefix("$"): _decode(part, arrays) for name, part in document.items()}
 
 
@@ -266,7 +270,7 @@ def _unsavable(what: str, path: str) -> InvalidInputError:
             what,
             where=f"save_result, at {path}",
             expected="mappings with distinct string keys, sequences, dataclasses, arrays, numbers, strings, None, "
-            "Sites, Masked.",
+            "Sites, Masked, Added.",
             fix="save what it was made of: the numbers behind a function, the seed behind a PRNG key.",
         )
     )

@@ -81,8 +81,8 @@ def sweep(
     Args:
         lm: The model.
         tokens: Token ids, `[batch, pos]`.
-        table: Selector to intervention: an array, a `Masked`, or a function that is a pytree (`scaled`, or a
-            `jax.tree_util.Partial`), each array with the row as its first axis.
+        table: Selector to intervention: an array, a `Masked`, an `Added`, or a function that is a pytree (`scaled`, or
+            a `jax.tree_util.Partial`), each array with the row as its first axis.
         metric: A function from logits to `[batch]` floats.
         rows_per_step: How many rows run side by side; by default as many as `STEP_BYTES` allow.
         progress: Whether to show a progress bar, on a terminal.

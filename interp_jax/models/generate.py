@@ -3,7 +3,7 @@
 Each step is a pass in pieces (`interp_jax.models.passes`): a layer is compiled once for reading the prompts and once
 for one token, whatever the number of layers and steps; other values, layers and settings compile nothing.
 
-Interventions see positions as the columns of the finished text, padding and prompt included. An array or mask
+Interventions see positions as the columns of the finished text, padding and prompt included. An array, mask or addition
 whose position axis has length 1 (or that lacks the axis) acts at every position; one as long as the prompt acts
 there and nowhere later; one as long as prompt and new tokens together has a row for each column. A function gets
 the value of the columns at hand: all of the prompt's, then one at a time.
@@ -20,7 +20,7 @@ Sharp edges: a function that mixes positions (a mean over them) cannot give the 
 a cache, `attn_scores` and `pattern` have a key for each column there is room for, the ones not yet written masked.
 A row that has ended goes on as padding.
 
-Source: Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020, for top-p.
+Source: interp_jax.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -36,9 +36,10 @@ import numpy as np
 from jax import lax
 
 from interp_jax.core.errors import InvalidInputError, ShapeError, UnsupportedModelError, four_part
-from interp_jax.core.interventions import Intervention, Masked, apply_intervention, describe
+from interp_jax.core.interventions import Added, Intervention, Masked, apply_intervention, describe
 from interp_jax.core.sites import Site, select_sites
 from interp_jax.models import passes
+from interp_jax.models.sampling import Sampler, penalised, sample
 from interp_jax.models.upstream import PAD, KVCache, Upstream
 from interp_jax.transforms import running_pass
 from interp_jax.transforms.compilations import counted_jit
@@ -61,6 +62,7 @@ class Settings:
         temperature: 0 takes the most probable token; otherwise logits are divided by it and sampled from.
         top_k: Sample among the k most probable tokens only.
         top_p: Sample among the most probable tokens that together reach this probability only, in (0, 1].
+        frequency_penalty: Taken from a token's logit for each time it is in the text so far, prompt included.
         eos_id: The token that ends a row, None if nothing does.
         at: Positions at which interventions act: "all", those of the "prompt", or the "generated" ones.
         use_cache: Whether keys and values are kept from step to step.
@@ -70,6 +72,7 @@ class Settings:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    frequency_penalty: float = 0.0
     eos_id: int | None = None
     at: Literal["all", "prompt", "generated"] = "all"
     use_cache: bool = True
@@ -82,8 +85,8 @@ class Generation:
     Args:
         tokens: Prompts and what follows them, int32 `[batch, pos]`; `PAD` before a short prompt and after the end.
         n_prompt: How many columns of `tokens` are the prompts.
-        log_probs: Log probability of each new token under the model (before temperature, top-k and top-p), in nats,
-            `[batch, new]`; 0 after the end.
+        log_probs: Log probability of each new token under the model (before penalty, temperature, top-k and top-p), in
+            nats, `[batch, new]`; 0 after the end.
         texts: The new tokens of each row as text, None without a tokenizer.
     """
 
@@ -142,8 +145,14 @@ def generate(
     room = -(-total // ROOM_STEP) * ROOM_STEP
     room = total if n_ctx is None else min(room, n_ctx)
     edits = _edits(upstream, params, interventions or {}, (batch, n_prompt, total, room))
-    sampler = Sampler(settings.temperature == 0, settings.top_k, settings.top_p is not None)
-    knobs = {"temperature": np.float32(settings.temperature), "top_p": np.float32(settings.top_p or 1.0)}
+    sampler = Sampler(
+        settings.temperature == 0, settings.top_k, settings.top_p is not None, settings.frequency_penalty != 0
+    )
+    knobs = {
+        "temperature": np.float32(settings.temperature),
+        "top_p": np.float32(settings.top_p or 1.0),
+        "frequency_penalty": np.float32(settings.frequency_penalty),
+    }
     key = _key(key)
 
     buffer = np.full((batch, room), PAD, np.int32)
@@ -160,7 +169,7 @@ def generate(
         else:
             logits = passes.edit(upstream.forward, (params, buffer), at_hand)
         last = lax.dynamic_index_in_dim(logits, np.int32(end - 1 - start), axis=1, keepdims=False)
-        chosen, log_prob = _choose(last, key, np.int32(n_new), knobs, sampler=sampler)
+        chosen, log_prob = _choose(last, buffer, key, np.int32(n_new), knobs, sampler=sampler)
         buffer[:, end] = np.where(running, np.asarray(chosen), PAD)
         log_probs[:, n_new] = np.where(running, np.asarray(log_prob), 0.0)
         _require_numbers(log_probs[:, n_new], n_new)
@@ -171,61 +180,22 @@ def generate(
     return Generation(buffer[:, :total].copy(), n_prompt, log_probs[:, : total - n_prompt])
 
 
-class Sampler(NamedTuple):
-    """The parts of sampling that decide what is compiled: `is_greedy`, `top_k` (None: all), `has_top_p`."""
-
-    is_greedy: bool
-    top_k: int | None
-    has_top_p: bool
-
-
-def sample(logits: jax.Array, keys: jax.Array, sampler: Sampler, *, temperature: Any, top_p: Any) -> jax.Array:
-    """One token per row.
-
-    p_i = softmax(logits / temperature)_i, restricted to the k largest, then to the smallest set of largest whose sum
-    is at least top_p, and renormalised.
-
-    Args:
-        logits: `[batch, d_vocab]`.
-        keys: A PRNG key per row, `[batch]`.
-        sampler: What to do.
-        temperature: Positive, unless the sampler is greedy.
-        top_p: In (0, 1].
-
-    Returns:
-        Token ids, `[batch]`.
-    """
-    if sampler.is_greedy:
-        return logits.argmax(-1).astype(jnp.int32)
-    logits = logits.astype(jnp.float32) / temperature
-    if sampler.top_k is not None:
-        smallest = lax.top_k(logits, min(sampler.top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits >= smallest, logits, -jnp.inf)
-    if sampler.has_top_p:
-        falling = jnp.sort(logits, axis=-1, descending=True)
-        probabilities = jax.nn.softmax(falling)
-        # A token stays if those before it do not reach top_p yet; the first always stays.
-        stays = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
-        smallest = jnp.where(stays, falling, jnp.inf).min(axis=-1, keepdims=True)
-        logits = jnp.where(logits >= smallest, logits, -jnp.inf)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-
-
 def _choose_tokens(
-    logits: jax.Array, key: Any, n_new: Any, knobs: dict[str, Any], *, sampler: Sampler
+    logits: jax.Array, text: jax.Array, key: Any, n_new: Any, knobs: dict[str, Any], *, sampler: Sampler
 ) -> tuple[jax.Array, jax.Array]:
-    """The next token of each row, from its logits, and its log probability under the model."""
+    """The next token of each row, from its logits and the text so far, and its log probability under the model."""
     rows = jnp.arange(logits.shape[0])
     keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), n_new))(rows)
-    chosen = sample(logits, keys, sampler, **knobs)
+    weighed = penalised(logits, text, knobs["frequency_penalty"]) if sampler.has_penalty else logits
+    chosen = sample(weighed, keys, sampler, temperature=knobs["temperature"], top_p=knobs["top_p"])
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     return chosen, jnp.take_along_axis(log_p, chosen[:, None], axis=-1)[:, 0]
 
 
 _choose = counted_jit(_choose_tokens, name="choice of the next token", static_argnames="sampler")
 
-# An intervention in the form generation uses: a function, or value and mask for every column there is room for.
-_Edit: TypeAlias = "Callable[[Any], Any] | Masked"
+# An intervention in the form generation uses: a function, or arrays with an entry for every column there is room for.
+_Edit: TypeAlias = "Callable[[Any], Any] | Masked | Added"
 
 
 def _at_columns(
@@ -237,8 +207,8 @@ def _at_columns(
         def apply(value: Any) -> Any:
             for one in edits[site]:
                 axis = _position_axis(site)
-                if isinstance(one, Masked):
-                    new = _masked_columns(value, one, np.int32(start), axis=axis)
+                if isinstance(one, Masked | Added):
+                    new = _with_columns(value, one, np.int32(start), axis=axis)
                 else:
                     new = apply_intervention(one, value, where=f"{site} in generate")
                 if at == "all":
@@ -253,13 +223,13 @@ def _at_columns(
     return {site: edit(site) for site in edits}
 
 
-def _mask_columns(value: Any, masked: Masked, start: Any, *, axis: int) -> Any:
-    """The value with the columns of `masked` that are at hand put in."""
-    parts = [
-        lax.dynamic_slice_in_dim(part, start, value.shape[axis], axis) if part.shape[axis] > 1 else part
-        for part in (masked.value, masked.mask)
-    ]
-    return apply_intervention(Masked(*parts), value, where="generate")
+def _apply_columns(value: Any, intervention: Masked | Added, start: Any, *, axis: int) -> Any:
+    """The value with the columns of an intervention that are at hand put in, or added."""
+    at_hand = jax.tree.map(
+        lambda part: lax.dynamic_slice_in_dim(part, start, value.shape[axis], axis) if part.shape[axis] > 1 else part,
+        intervention,
+    )
+    return apply_intervention(at_hand, value, where="generate")
 
 
 def _take_one_side(value: Any, new: Any, split: Any, *, axis: int, is_before: bool) -> Any:
@@ -268,7 +238,7 @@ def _take_one_side(value: Any, new: Any, split: Any, *, axis: int, is_before: bo
     return jnp.where((columns < split) == is_before, new, value)
 
 
-_masked_columns = counted_jit(_mask_columns, name="intervention", static_argnames="axis")
+_with_columns = counted_jit(_apply_columns, name="intervention", static_argnames="axis")
 _one_side = counted_jit(_take_one_side, name="intervention", static_argnames=("axis", "is_before"))
 
 
@@ -291,20 +261,29 @@ def _edits(
             if callable(intervention):
                 edits.setdefault(site, []).append(intervention)
                 continue
-            masked = _over_columns(intervention, forms[site], site, sizes)
-            _check_fits(masked, forms[site], site)
-            edits.setdefault(site, []).append(masked)
+            over_columns = _over_columns(intervention, forms[site], site, sizes)
+            _check_fits(over_columns, forms[site], site)
+            edits.setdefault(site, []).append(over_columns)
     return edits
 
 
-def _over_columns(intervention: Any, form: Any, site: Site, sizes: tuple[int, int, int, int]) -> Masked:
-    """Value and mask of an intervention with all axes of the site, and its position axes 1 or of full length."""
-    given = intervention if isinstance(intervention, Masked) else Masked(intervention, np.True_)
+def _over_columns(intervention: Any, form: Any, site: Site, sizes: tuple[int, int, int, int]) -> Masked | Added:
+    """The arrays of an intervention with all axes of the site, and their position axes 1 or of full length."""
+    given = intervention if isinstance(intervention, Masked | Added) else Masked(intervention, np.True_)
     axes = [_position_axis(site)] + ([3] if site.name in _BY_QUERY_AND_KEY else [])
     _, n_prompt, total, room = sizes
-    value, mask = (jnp.asarray(part) for part in (given.value, given.mask))
+    second = given.mask if isinstance(given, Masked) else given.coefficient
+    value, mask = (jnp.asarray(part) for part in (given.value, second))
     value, mask = (part.reshape((1,) * (form.ndim - part.ndim) + part.shape) for part in (value, mask))
     _check_columns(site, given, (value, mask), axes, sizes)
+    if isinstance(given, Added):
+        # Zeros do nothing, so what ends before the last column is extended by them.
+        for axis in axes:
+            value, mask = (
+                _extend(part, axis, room) if part.shape[axis] in (n_prompt, total) and part.shape[axis] > 1 else part
+                for part in (value, mask)
+            )
+        return Added(value, mask)
     for axis in axes:
         # What ends before the last column does nothing after its end.
         short = [part.shape[axis] for part in (value, mask) if part.shape[axis] in (n_prompt, total)]
@@ -314,12 +293,12 @@ def _over_columns(intervention: Any, form: Any, site: Site, sizes: tuple[int, in
     return Masked(value, mask)
 
 
-def _check_columns(site: Site, given: Masked, parts: tuple[Any, Any], axes: list[int], sizes: Any) -> None:
+def _check_columns(site: Site, given: Masked | Added, parts: tuple[Any, Any], axes: list[int], sizes: Any) -> None:
     """Refuse arrays whose position axes are of no length that means something."""
     _, n_prompt, total, room = sizes
     if all(part.shape[axis] in (1, n_prompt, total, room) for part in parts for axis in axes):
         return
-    shown = ", ".join(f"{name} {describe(jnp.asarray(getattr(given, name)))}" for name in ("value", "mask"))
+    shown = ", ".join(f"{name} {describe(jnp.asarray(part))}" for name, part in vars(given).items())
     raise ShapeError(
         four_part(
             f"An intervention with {shown} was given",
@@ -335,8 +314,8 @@ def _extend(part: jax.Array, axis: int, length: int) -> jax.Array:
     return jnp.pad(part, widths)
 
 
-def _check_fits(masked: Masked, form: Any, site: Site) -> None:
-    jax.eval_shape(lambda value: apply_intervention(masked, value, where=str(site)), form)
+def _check_fits(intervention: Masked | Added, form: Any, site: Site) -> None:
+    jax.eval_shape(lambda value: apply_intervention(intervention, value, where=str(site)), form)
 
 
 def _is_number(value: Any) -> bool:
@@ -388,6 +367,8 @@ def _check(settings: Settings, tokens: np.ndarray, n_ctx: int | None) -> None:
         wrong.append(("top_k", settings.top_k, "at least 1"))
     if settings.top_p is not None and not (_is_number(settings.top_p) and 0 < settings.top_p <= 1):
         wrong.append(("top_p", settings.top_p, "above 0 and at most 1"))
+    if not _is_number(settings.frequency_penalty) or not np.isfinite(settings.frequency_penalty):
+        wrong.append(("frequency_penalty", settings.frequency_penalty, "a finite number"))
     if settings.at not in ("all", "prompt", "generated"):
         wrong.append(("at", settings.at, "'all', 'prompt' or 'generated'"))
     if wrong:

@@ -173,8 +173,8 @@ class LanguageModel:
 
         Args:
             tokens: Token ids, `[batch, pos]`.
-            interventions: Selector to what is done to the sites it picks: an array, a `Masked`, or a function of the
-                value. A site that several selectors pick is changed by each in turn.
+            interventions: Selector to what is done to the sites it picks: an array, a `Masked`, an `Added`, or a
+                function of the value. A site that several selectors pick is changed by each in turn.
 
         Returns:
             Logits, `[batch, pos, d_vocab]`.
@@ -220,6 +220,7 @@ class LanguageModel:
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        frequency_penalty: float = 0.0,
         seed: Any = 0,
         stop_at_eos: bool = True,
         interventions: Mapping[Any, Intervention] | None = None,
@@ -234,6 +235,7 @@ class LanguageModel:
             temperature: 0 takes the most probable token; otherwise logits are divided by it and sampled from.
             top_k: Sample among the k most probable tokens only.
             top_p: Sample among the most probable tokens that together reach this probability only.
+            frequency_penalty: Taken from a token's logit for each time it is in the text so far, prompt included.
             seed: An integer or a PRNG key. Each row and each step draws on its own.
             stop_at_eos: Whether a row ends with the tokenizer's end-of-text token.
             interventions: Selector to intervention; see `interp_jax.models.generate` on positions.
@@ -257,6 +259,7 @@ class LanguageModel:
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
+                frequency_penalty=frequency_penalty,
                 eos_id=eos_id,
                 at=at,
                 use_cache=use_cache,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from interp_jax.core.errors import ShapeError
-from interp_jax.core.interventions import Masked, apply_intervention, describe, same_form
+from interp_jax.core.interventions import Added, Masked, apply_intervention, describe, same_form
 
 SHAPE = (2, 3, 4)
 
@@ -217,3 +217,36 @@ def test_describe() -> None:
     assert describe(jnp.zeros((1, 14, 576))) == "float32[1, 14, 576]"
     assert describe(jnp.bfloat16(0)) == "bfloat16[]"
     assert describe(jax.ShapeDtypeStruct((2,), jnp.int8)) == "int8[2]"
+
+
+@given(
+    hnp.mutually_broadcastable_shapes(num_shapes=2, base_shape=(2, 3, 4), max_dims=3),
+    st.integers(0, 2**31 - 1),
+)
+def test_added_against_element_by_element(shapes: hnp.BroadcastableShapes, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    value = rng.normal(size=SHAPE).astype(np.float32)
+    fits = [shape for shape in shapes.input_shapes if np.broadcast_shapes(shape, SHAPE) == SHAPE]
+    added, coefficient = (rng.normal(size=shape).astype(np.float32) for shape in [*fits, (), ()][:2])
+    new = apply_intervention(Added(added, coefficient), value)
+    added, coefficient = (np.broadcast_to(part, SHAPE) for part in (added, coefficient))
+    for index in np.ndindex(SHAPE):
+        assert new[index] == pytest.approx(value[index] + coefficient[index] * added[index], abs=1e-5)
+
+
+def test_adding_nothing_changes_nothing(value: jax.Array) -> None:
+    for nothing in (Added(0.0), Added(np.ones(4, np.float32), 0.0)):
+        np.testing.assert_array_equal(apply_intervention(nothing, value), value)
+
+
+def test_an_addition_in_a_narrow_dtype_is_rounded_once() -> None:
+    # 257.001 rounds to 258; in bfloat16 1.001 is 1, and 257 lies between 256 and 258, of which 256 is even.
+    new = apply_intervention(Added(np.full(3, 1.001, np.float32)), jnp.full(3, 256.0, jnp.bfloat16))
+    assert new.dtype == jnp.bfloat16 and new.tolist() == [258.0] * 3
+
+
+def test_an_addition_that_does_not_fit(value: jax.Array) -> None:
+    assert "Added(value=float32[5]" in refusal(apply_intervention, Added(np.zeros(5, np.float32)), value)
+    assert "a row per position" in refusal(apply_intervention, Added(1.0, np.zeros((2, 2), np.float32)), value)
+    assert "cast to its dtype" in refusal(apply_intervention, Added(1.5), jnp.arange(3))
+    assert "no single array" in refusal(apply_intervention, Added(1.5), {"a": value})

@@ -28,7 +28,7 @@ from hypothesis.extra import numpy as hnp
 from interp_jax.core import results
 from interp_jax.core.activations import Activations
 from interp_jax.core.errors import InvalidInputError, LoadError
-from interp_jax.core.interventions import Masked
+from interp_jax.core.interventions import Added, Masked
 from interp_jax.core.provenance import provenance
 from interp_jax.core.results import load_result, save_result
 from interp_jax.core.sites import Site
@@ -142,11 +142,14 @@ def test_nouns_of_this_package(tmp_path: Path) -> None:
 
 def test_interventions_come_back_ready_to_use(tmp_path: Path) -> None:
     mask = np.array([True, False])
-    interventions = {Site(5, "mlp_out"): Masked(0.0, mask), "6.q": jnp.ones(2)}
+    interventions = {Site(5, "mlp_out"): Masked(0.0, mask), "6.q": jnp.ones(2), "7.q": Added(np.arange(3.0), 2.5)}
     saved = round_trip(None, tmp_path, interventions=interventions)
-    assert list(saved.interventions) == ["5.mlp_out", "6.q"]
+    assert list(saved.interventions) == ["5.mlp_out", "6.q", "7.q"]
     masked = saved.interventions["5.mlp_out"]
     assert isinstance(masked, Masked)
+    added = saved.interventions["7.q"]
+    assert isinstance(added, Added) and added.coefficient == 2.5
+    np.testing.assert_array_equal(added.value, np.arange(3.0))
     assert masked.value == 0.0
     np.testing.assert_array_equal(masked.mask, mask)
     assert round_trip(None, tmp_path).interventions is None

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from interp_jax.core.errors import InvalidInputError, ShapeError, UnsupportedModelError
-from interp_jax.core.interventions import Masked
-from interp_jax.models.generate import Sampler, Settings, generate, sample
+from interp_jax.core.interventions import Added, Masked
+from interp_jax.models.generate import Settings, generate
+from interp_jax.models.sampling import Sampler, penalised, sample
 from interp_jax.models.upstream import PAD, Upstream
 from interp_jax.transforms.compilations import count_compilations
 
@@ -112,6 +113,19 @@ CASES = {
     "a row of values per column": (Masked(RAMP, COLUMN_MASK), "all", put(COLUMN_MASK, RAMP)),
     "an array over the prompt": (RAMP[None, :N_PROMPT], "all", put(~IS_NEW, RAMP)),
     "an array over everything": (RAMP[None], "all", put(IS_NEW | True, RAMP)),
+    "an addition everywhere": (Added(RAMP[0], 2.0), "all", lambda v: v + 2.0 * RAMP[None, :1]),
+    "an addition to the prompt": (
+        Added(RAMP[None, :N_PROMPT]),
+        "all",
+        lambda v: v + np.where(IS_NEW, np.float32(0), RAMP)[None],
+    ),
+    "an addition per column": (Added(RAMP, np.float32(0.5)), "all", lambda v: v + 0.5 * RAMP[None]),
+    "an addition to new tokens": (Added(RAMP), "generated", lambda v: v + np.where(IS_NEW, RAMP, np.float32(0))[None]),
+    "a coefficient per column": (
+        Added(RAMP[0], 1.0 * ~IS_NEW),
+        "all",
+        lambda v: v + np.where(IS_NEW, 0, RAMP[0])[None],
+    ),
     "a mask on new tokens": (Masked(1.5, COLUMN_MASK), "generated", put(COLUMN_MASK & IS_NEW, 1.5)),
 }
 
@@ -219,6 +233,7 @@ REFUSED = {
     "top_k": ({"top_k": 0}, "top_k=0"),
     "top_p": ({"top_p": 1.5}, "top_p above 0 and at most 1"),
     "at": ({"at": "promt"}, "at='promt'"),
+    "frequency_penalty": ({"frequency_penalty": float("inf")}, "frequency_penalty=inf"),
     "several": ({"top_k": 0, "temperature": -1.0}, "temperature=-1.0, top_k=0"),
 }
 
@@ -246,6 +261,8 @@ def test_interventions_that_do_not_fit(tiny_llama) -> None:
         (np.zeros((1, 7, 24), np.float32), r"1 position, the 6 of the prompt, or all 11"),
         (Masked(1.0, np.zeros((6, 5), bool)), r"1\.resid_post"),
         (np.zeros((6, 23), np.float32), r"1\.resid_post"),
+        (Added(np.zeros((1, 7, 24), np.float32)), r"value float32\[1, 7, 24\], coefficient(.|\n)*or all 11"),
+        (Added(np.zeros((6, 23), np.float32)), r"1\.resid_post(.|\n)*a row per position"),
     ]
     for intervention, words in cases:
         with pytest.raises(ShapeError, match=words):
@@ -313,3 +330,35 @@ def test_sample_greedily() -> None:
         1,
         0,
     ]
+
+
+def test_the_penalty_counts_the_text_so_far(rng: np.random.Generator) -> None:
+    logits = rng.normal(0, 3, (5, 12)).astype(np.float32)
+    text = rng.integers(-1, 12, (5, 30)).astype(np.int32)
+    expected = np.array(
+        [
+            [z - 0.7 * list(row).count(token) for token, z in enumerate(of_row)]
+            for of_row, row in zip(logits, text, strict=True)
+        ]
+    )
+    np.testing.assert_allclose(penalised(jnp.asarray(logits), jnp.asarray(text), 0.7), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy_under_a_penalty_is_its_definition(tiny_llama, use_cache: bool) -> None:
+    """The logits of everything so far, less the penalty times the counts, prompt included; the greatest wins."""
+    penalty = 1.5
+    generation = tiny_llama.generate(
+        PROMPTS, max_new_tokens=N_NEW, frequency_penalty=penalty, use_cache=use_cache, stop_at_eos=False
+    )
+    for row, new, log_probs in zip(PROMPTS, generation.new_tokens, generation.log_probs, strict=True):
+        tokens = row[row >= 0].tolist()
+        for token, log_prob in zip(new, log_probs, strict=True):
+            text = np.array([tokens + [PAD] * (TOTAL - len(tokens))])
+            logits = np.asarray(tiny_llama(text))[0, len(tokens) - 1].astype(np.float64)
+            counts = np.bincount(tokens, minlength=len(logits))
+            assert token == (logits - penalty * counts).argmax()
+            # What is reported is the model's own, without the penalty.
+            assert log_prob == pytest.approx(logits[token] - np.logaddexp.reduce(logits), abs=1e-4)
+            tokens.append(int(token))
+    assert generation.tokens.tolist() != tiny_llama.generate(PROMPTS, max_new_tokens=N_NEW).tokens.tolist()
