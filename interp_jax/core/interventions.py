@@ -179,7 +179,7 @@ def _added(intervention: Added, value: Any, *, where: str) -> jax.Array:
             "give one vector [d_model], a row per position [pos, d_model], or the whole shape of the site.",
         )
     # In float32 until the end: in bfloat16 coefficient times value would be rounded twice.
-    wide = jnp.promote_types(value.dtype, jnp.float32)
+    wide = jnp.float32 if jnp.issubdtype(value.dtype, jnp.floating) and value.dtype.itemsize < 4 else value.dtype
     added, factor = (jnp.broadcast_to(part.astype(wide), value.shape) for part in (added, factor))
     return (value.astype(wide) + factor * added).astype(value.dtype)
 
