@@ -27,7 +27,8 @@ from interp_jax.core.errors import InvalidInputError, four_part
 from interp_jax.figures.page import escape, html_page
 from interp_jax.figures.plotting import INK, LINE, QUIET, SERIES, drawable, drawing
 from interp_jax.figures.sae_evaluation_page import BODY, SCRIPT, STYLE
-from interp_jax.methods.sae.evaluation import ABLATIONS, SAEEvaluation
+from interp_jax.forward.spliced_losses import ABLATIONS
+from interp_jax.methods.sae.evaluation import SAEEvaluation
 from interp_jax.methods.sae.reconstruction import ULTRA_LOW, Reconstruction
 
 if TYPE_CHECKING:

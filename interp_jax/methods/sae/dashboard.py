@@ -21,7 +21,7 @@ Source: Bricken et al. 2023 for what to show; Neuronpedia and SAEDashboard for t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -34,10 +34,10 @@ from interp_jax.core.sites import Site
 from interp_jax.data.text_streams import Packed
 from interp_jax.forward.batch_streams import check_positive, check_seed
 from interp_jax.forward.site_values import Keep, SiteReader, filled_up, nothing_counts, read_rows, site_reader
+from interp_jax.forward.sparse_coder import SparseCoder
+from interp_jax.forward.splicing import checked_splice
 from interp_jax.methods.sae.examples import Candidates, Examples, Places, around, random_scores, ranks
 from interp_jax.methods.sae.logit_effects import LogitEffects, Neighbours, logit_effects, nearest_rows
-from interp_jax.methods.sae.sae import SAE
-from interp_jax.methods.sae.splicing import checked_splice
 from interp_jax.transforms.compilations import counted_jit
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class DashboardData:
 
 def latent_dashboard(
     lm: LanguageModel,
-    sae: SAE,
+    sae: SparseCoder,
     tokens: Any,
     *,
     latents: Sequence[int] | None = None,
@@ -186,7 +186,7 @@ def latent_dashboard(
     reader = site_reader(lm, splice.reads[0], n_ctx=n_ctx, where=where)
     fits = max(1, _LATENT_BYTES // (4 * n_ctx * sae.n_latents))
     size = min(batch_size or min(fits, 64), len(text))
-    reading = _Reading(text, reader, replace(sae, read=None, write=None, origin=()), numbers, size, progress)
+    reading = _Reading(text, reader, sae.unplaced(), numbers, size, progress)
 
     top, n_fired, n_tokens = _strongest(reading, show)
     if n_tokens == 0:
@@ -288,7 +288,7 @@ class _Reading(NamedTuple):
 
     text: _Text
     reader: SiteReader
-    sae: SAE
+    sae: SparseCoder
     latents: np.ndarray
     batch_size: int
     progress: bool
@@ -312,7 +312,7 @@ class _Reading(NamedTuple):
                 bar.update(len(rows))
 
 
-def _masked_latents(sae: SAE, x: jax.Array, mask: jax.Array, chosen: jax.Array | None) -> jax.Array:
+def _masked_latents(sae: SparseCoder, x: jax.Array, mask: jax.Array, chosen: jax.Array | None) -> jax.Array:
     latents = jnp.where(mask[..., None], sae.encode(x), 0.0)
     return latents if chosen is None else latents[..., chosen]
 

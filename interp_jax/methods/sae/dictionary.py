@@ -31,7 +31,7 @@ import numpy as np
 from jax import lax
 
 from interp_jax.core.errors import InvalidInputError, ShapeError, four_part
-from interp_jax.methods.sae.sae import SAE
+from interp_jax.forward.sparse_coder import SparseCoder
 from interp_jax.transforms.compilations import counted_jit
 
 CLASSES = ("dense", "1-sparse", "10-sparse")
@@ -168,7 +168,7 @@ def _neuron_sparsity(rows: np.ndarray) -> tuple[np.ndarray, ...]:
     return top[:, 0] / total, top[:, 1:].sum(axis=1) / total, kurtosis
 
 
-def encoder_decoder_cosines(sae: SAE) -> np.ndarray:
+def encoder_decoder_cosines(sae: SparseCoder) -> np.ndarray:
     """The cosine between each latent's encoder column and its decoder row.
 
     Args:

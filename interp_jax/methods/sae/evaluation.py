@@ -25,32 +25,33 @@ Source: Bricken et al. 2023 (loss recovered, zero); Rajamanoharan et al. 2024 (2
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from tqdm import tqdm
 
-from interp_jax.core.errors import InvalidInputError, UnknownNameError, four_part
-from interp_jax.forward.metrics import divergence, finite
-from interp_jax.methods.sae.reconstruction import Reconstruction, Sums, check_counts, fetched, reconstruct, summary
-from interp_jax.methods.sae.sae import SAE
-from interp_jax.methods.sae.splicing import Replacement, Splice, blend, checked_splice, spliced_passes, untouched
-from interp_jax.models.upstream import PAD
-from interp_jax.transforms.compilations import counted_jit
+from interp_jax.core.errors import InvalidInputError, four_part
+from interp_jax.forward.metrics import finite
+from interp_jax.forward.sparse_coder import SparseCoder
+from interp_jax.forward.spliced_losses import (
+    ABLATIONS,
+    LOSS_TOLERANCE,
+    Batch,
+    check_ablations,
+    check_targets,
+    held_out,
+    is_recoverable,
+    loss_recovered,
+    loss_sums,
+    site_means,
+)
+from interp_jax.forward.splicing import Replacement, Splice, blend, checked_splice, spliced_passes
+from interp_jax.methods.sae.reconstruction import Reconstruction, Sums, fetched, reconstruct, summary
 
 if TYPE_CHECKING:
     from interp_jax.models.language_model import LanguageModel
-
-ABLATIONS = ("zero", "mean")
-# Where ablation changes the loss by less (nats), the share of it that is recovered means nothing.
-LOSS_TOLERANCE = 1e-4
-# What the logits of a batch may take; those of two passes are held at a time.
-_LOGIT_BYTES = 2**28
 
 
 @dataclass(frozen=True, repr=False)
@@ -110,24 +111,11 @@ class SAEEvaluation:
         Raises:
             UnknownNameError: This ablation was not run.
         """
-        if not self.is_recoverable(ablation):
-            return float("nan")
-        ablated = self.losses[ablation]
-        return (ablated - self.losses["spliced"]) / (ablated - self.losses["clean"])
+        return loss_recovered(self.losses, self.losses["spliced"], ablation, where="SAEEvaluation")
 
     def is_recoverable(self, ablation: str = "zero") -> bool:
         """Whether an `ablation` changes the loss by `LOSS_TOLERANCE` or more."""
-        if ablation not in ABLATIONS or ablation not in self.losses:
-            raise UnknownNameError(
-                four_part(
-                    f"The ablation {ablation!r} was asked for",
-                    where="SAEEvaluation",
-                    names=[name for name in ABLATIONS if name in self.losses],
-                    given=ablation,
-                    fix='run it: evaluate_sae(..., ablations=("zero", "mean")).',
-                )
-            )
-        return abs(self.losses[ablation] - self.losses["clean"]) >= LOSS_TOLERANCE
+        return is_recoverable(self.losses, ablation, where="SAEEvaluation")
 
     def numbers(self) -> dict[str, float]:
         """All single numbers by name, for a log or a table; those of several SAEs begin with the site they write."""
@@ -159,28 +147,9 @@ class SAEEvaluation:
         return "\n".join(lines)
 
 
-class _Batch(NamedTuple):
-    """Some sequences: tokens, which of them are replaced and measured, and which have a target; `[batch, pos]`."""
-
-    tokens: np.ndarray
-    is_touched: np.ndarray
-    has_target: np.ndarray
-
-
-class _Settings(NamedTuple):
-    """What one evaluation asks for."""
-
-    ablations: tuple[str, ...]
-    keep_error: bool
-    untouched_tokens: tuple[int, ...]
-    n_untouched: int
-    batch_size: int
-    progress: bool
-
-
 def evaluate_sae(
     lm: LanguageModel,
-    saes: SAE | Sequence[SAE],
+    saes: SparseCoder | Sequence[SparseCoder],
     tokens: Any,
     *,
     ablations: Sequence[str] = ABLATIONS,
@@ -194,8 +163,9 @@ def evaluate_sae(
 
     Args:
         lm: The model.
-        saes: One SAE or several, each with the site it reads (and, of a transcoder, the site it writes); several are
-            spliced at once.
+        saes: One SAE or several, or what stands in an SAE's place (a pursuit over its dictionary, its k largest
+            latents), each with the site it reads (and, of a transcoder, the site it writes); several are spliced at
+            once.
         tokens: Token ids `[sequence, pos]`, padding is -1; or what gives them by slices and has a length, such as the
             held-out part of a packed text.
         ablations: Which of "zero" and "mean" to compare with. The mean is over the positions that are replaced, of all
@@ -216,101 +186,45 @@ def evaluate_sae(
         ShapeError: A site has another width.
     """
     where = "evaluate_sae"
-    if not hasattr(tokens, "__getitem__") or isinstance(tokens, list | tuple | str | np.ndarray | jax.Array):
-        tokens = np.asarray(lm.check_tokens(tokens, where=where))
-    first = np.asarray(lm.check_tokens(tokens[:1], where=where))
-    splice = checked_splice(lm, saes, first, where=where)
-    if unknown := [name for name in ablations if name not in ABLATIONS]:
-        raise UnknownNameError(
-            four_part(
-                f"Unknown ablation {unknown[0]!r}",
-                where=where,
-                names=ABLATIONS,
-                given=unknown[0],
-                fix="use one of these.",
-            )
-        )
-    if batch_size is not None and batch_size < 1:
-        raise InvalidInputError(
-            four_part(f"batch_size={batch_size} was given", where=where, expected="1 or more.", fix="leave it out.")
-        )
-    settings = _Settings(
-        ablations=tuple(name for name in ABLATIONS if name in ablations),
-        keep_error=keep_error,
-        untouched_tokens=tuple(untouched_tokens),
+    text, first = held_out(
+        lm,
+        tokens,
+        where=where,
+        untouched_tokens=untouched_tokens,
         n_untouched=n_untouched,
-        batch_size=min(batch_size or _rows_that_fit(lm, first), len(tokens)),
+        batch_size=batch_size,
         progress=progress,
     )
-    means = _site_means(lm, splice, tokens, settings) if "mean" in ablations else None
+    splice, ablations = checked_splice(lm, saes, first, where=where), check_ablations(ablations, where=where)
+    means = site_means(lm, splice.writes, text) if "mean" in ablations else None
     sums: list[Sums] | None = None
-    n_targets, totals = 0, np.zeros((2, 2 + len(settings.ablations)))
-    for batch in _batches(lm, tokens, settings, "evaluate SAE"):
-        new, losses = _measured(lm, splice, batch, means, settings)
+    n_targets, totals = 0, np.zeros((2, 2 + len(ablations)))
+    for batch in text.batches(lm, "evaluate SAE"):
+        new, losses = _measured(lm, splice, batch, means, ablations, keep_error)
         sums = new if sums is None else [old.merged(one) for old, one in zip(sums, new, strict=True)]
         n_targets, totals = n_targets + int(batch.has_target.sum()), totals + losses
-    if n_targets == 0:
-        raise InvalidInputError(
-            four_part(
-                f"{len(tokens)} sequences without a target were given",
-                where=where,
-                expected="sequences of two tokens or more: a token's prediction is judged by the next one.",
-                fix="give longer sequences.",
-            )
-        )
+    check_targets(n_targets, text)
     assert sums is not None
-    names = ("clean", "spliced", *settings.ablations)
-    reconstructions = tuple(summary(sae, one, where=where) for sae, one in zip(splice.saes, sums, strict=True))
+    names = ("clean", "spliced", *ablations)
+    reconstructions = tuple(summary(coder, one, where=where) for coder, one in zip(splice.coders, sums, strict=True))
     means_of = finite(totals / n_targets, what="A loss", where=where)
     return SAEEvaluation(
         reconstructions=reconstructions,
         losses=dict(zip(names, means_of[0].tolist(), strict=True)),
         kl=dict(zip(names[1:], means_of[1, 1:].tolist(), strict=True)),
         n_targets=n_targets,
-        n_sequences=len(tokens),
+        n_sequences=len(text.tokens),
         keep_error=keep_error,
     )
 
 
-def _batches(lm: LanguageModel, tokens: Any, settings: _Settings, doing: str) -> Iterator[_Batch]:
-    """The sequences in batches of one size; the last one is filled up with copies that do not count."""
-    size, n = settings.batch_size, len(tokens)
-    with tqdm(total=n, desc=doing, unit="seq", disable=None if settings.progress else True, leave=False) as bar:
-        for start in range(0, n, size):
-            rows = np.asarray(lm.check_tokens(tokens[start : start + size], where="evaluate_sae"))
-            n_new = len(rows)
-            rows = rows[np.minimum(np.arange(size), n_new - 1)]
-            is_new = (np.arange(size) < n_new)[:, None]
-            skipped = untouched(rows, tokens=settings.untouched_tokens, n_first=settings.n_untouched)
-            following = np.concatenate([rows[:, 1:], np.full((size, 1), PAD, np.int32)], axis=1)
-            yield _Batch(rows, ~skipped & is_new, (rows >= 0) & (following >= 0) & is_new)
-            bar.update(n_new)
-
-
-def _site_means(lm: LanguageModel, splice: Splice, tokens: Any, settings: _Settings) -> list[np.ndarray]:
-    """The mean of what is at each written site, over all positions that count, float32 `[d_out]` each."""
-    totals = [np.zeros(sae.d_out) for sae in splice.saes]
-    n = 0
-    for batch in _batches(lm, tokens, settings, "site means"):
-        values = lm.reap(batch.tokens, splice.writes)
-        for total, site in zip(totals, splice.writes, strict=True):
-            total += np.asarray(_mean(values[site], batch.is_touched), np.float64) * batch.is_touched.sum()
-        n += int(batch.is_touched.sum())
-    check_counts(n, where="evaluate_sae")
-    return [(total / n).astype(np.float32) for total in totals]
-
-
-def _mean_of_counted(values: Any, counted: Any) -> jax.Array:
-    flat = values.reshape(*counted.shape, -1).astype(jnp.float32)
-    n = jnp.maximum(counted.sum(), 1).astype(jnp.float32)
-    return jnp.where(counted[..., None], flat, 0.0).sum(axis=(0, 1)) / n
-
-
-_mean = counted_jit(_mean_of_counted, name="sae.site_mean")
-
-
 def _measured(
-    lm: LanguageModel, splice: Splice, batch: _Batch, means: list[np.ndarray] | None, settings: _Settings
+    lm: LanguageModel,
+    splice: Splice,
+    batch: Batch,
+    means: list[np.ndarray] | None,
+    ablations: Sequence[str],
+    keep_error: bool,
 ) -> tuple[list[Sums], np.ndarray]:
     """What a batch adds to the sums of each SAE, and to those of losses and divergences, `[2, pass]`."""
     sums: dict[int, Sums] = {}
@@ -320,7 +234,7 @@ def _measured(
     def explained(number: int, x: jax.Array, y: jax.Array) -> jax.Array:
         # Passes that share what comes before a site share the value there, and its reconstruction.
         if number not in last or last[number][0] is not x:
-            new, of_tokens = reconstruct(splice.saes[number], x, y, batch.is_touched)
+            new, of_tokens = reconstruct(splice.coders[number], x, y, batch.is_touched)
             last[number] = x, new
             measured.setdefault(number, of_tokens)
         return last[number][1]
@@ -331,7 +245,7 @@ def _measured(
 
     def spliced(number: int, x: jax.Array, y: jax.Array) -> jax.Array:
         new = explained(number, x, y)
-        return blend(y, new, new if settings.keep_error else None, batch.is_touched)
+        return blend(y, new, new if keep_error else None, batch.is_touched)
 
     def zero(number: int, x: jax.Array, y: jax.Array) -> jax.Array:
         del number, x
@@ -343,36 +257,8 @@ def _measured(
         return blend(y, means[number][None, None], None, batch.is_touched)
 
     ways: list[Replacement] = [clean, spliced]
-    ways += [{"zero": zero, "mean": mean}[name] for name in settings.ablations]
-    targets = np.where(batch.has_target, np.roll(batch.tokens, -1, axis=1), 0)
-    reference, parts = None, []
-    for logits in spliced_passes(lm, splice, batch.tokens, ways):
-        # The clean pass too is compared with the clean pass: one program, so equal logits have equal losses.
-        reference = logits if reference is None else reference
-        parts.append(_losses(logits, reference, targets))
-    totals = [[np.asarray(one, np.float64)[batch.has_target].sum() for one in part] for part in parts]
+    ways += [{"zero": zero, "mean": mean}[name] for name in ablations]
+    totals = loss_sums(spliced_passes(lm, splice, batch.tokens, ways), batch)
     for number, of_tokens in measured.items():
         sums[number] = fetched(of_tokens, batch.is_touched.reshape(-1))
-    return [sums[number] for number in range(len(splice.saes))], np.array(totals).T
-
-
-def _losses_of_rows(logits: Any, reference: Any, targets: Any) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy with the targets, and KL(reference || prediction), `[batch, pos]`; one row's at a time."""
-
-    def of_row(row: tuple[Any, Any, Any]) -> tuple[jax.Array, jax.Array]:
-        log_p, log_reference = (jax.nn.log_softmax(part.astype(jnp.float32)) for part in row[:2])
-        return -jnp.take_along_axis(log_p, row[2][:, None], axis=-1)[:, 0], divergence(log_reference, log_p)
-
-    return lax.map(of_row, (logits, reference, targets))
-
-
-_losses = counted_jit(_losses_of_rows, name="sae.losses")
-
-
-def _rows_that_fit(lm: LanguageModel, first: np.ndarray) -> int:
-    """A power of two, so that texts of many lengths share one program."""
-    logits = jax.eval_shape(lm.forward, lm.params, jax.ShapeDtypeStruct(first.shape, jnp.int32))
-    rows, per_row = 1, logits.size * 4
-    while rows < 64 and 2 * rows * per_row <= _LOGIT_BYTES:
-        rows *= 2
-    return rows
+    return [sums[number] for number in range(len(splice.coders))], totals

@@ -30,7 +30,7 @@ from jax import lax
 
 from interp_jax.core.sites import Site
 from interp_jax.forward.readout import norm_parts, norm_readout
-from interp_jax.methods.sae.sae import SAE
+from interp_jax.forward.sparse_coder import SparseCoder
 from interp_jax.transforms.compilations import counted_jit
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Neighbours(NamedTuple):
 
 
 def logit_effects(
-    lm: LanguageModel, sae: SAE, write: Site, latents: np.ndarray, *, n_tokens: int = 10
+    lm: LanguageModel, sae: SparseCoder, write: Site, latents: np.ndarray, *, n_tokens: int = 10
 ) -> LogitEffects | None:
     """The effects of latents on the logits.
 

@@ -1,15 +1,16 @@
 """How well an SAE reconstructs activations, and how its latents fire: sums over tokens, taken batch by batch.
 
-    L0                     mean number of latents above 0
+    L0                     mean number of latents that are not 0
     FVU                    sum |y - y'|^2 / sum |y - mean(y)|^2, the mean over all tokens together
     explained variance     1 - FVU
     variance of the error  1 - Var(y - y') / Var(y): blind to an error that is the same everywhere
     shrinkage              E |y'|^2 / E[y . y']: below 1 where the reconstruction is too short
-    frequency              share of tokens on which each latent is above 0
+    frequency              share of tokens on which each latent is not 0
 
 An SAE that halves what it reads:
 
 >>> from interp_jax.methods.sae.relu import ReLU
+>>> from interp_jax.methods.sae.sae import SAE
 >>> both = jnp.concatenate([jnp.eye(2), -jnp.eye(2)])
 >>> params = {"W_enc": both.T, "b_enc": jnp.zeros(4), "W_dec": both / 2, "b_dec": jnp.zeros(2)}
 >>> result = measure_reconstruction(SAE(ReLU(), params), jnp.array([[1.0, 2.0], [-1.0, -2.0], [3.0, 0.0], [-3.0, 0.0]]))
@@ -35,8 +36,9 @@ from jax import lax
 
 from interp_jax.core.errors import InvalidInputError, ShapeError, four_part
 from interp_jax.core.sites import Site
+from interp_jax.forward.moments import Moments, batch_moments, check_counts, variance_of
+from interp_jax.forward.sparse_coder import SparseCoder
 from interp_jax.methods.sae.dictionary import cluster_cosines, encoder_decoder_cosines
-from interp_jax.methods.sae.sae import SAE
 from interp_jax.transforms.compilations import counted_jit
 
 # Below this frequency a latent that fires is called ultra-low.
@@ -53,8 +55,8 @@ class Reconstruction:
 
     Args:
         n_tokens: How many tokens were counted.
-        l0: Mean number of latents above 0.
-        l1: Mean sum of the latents.
+        l0: Mean number of latents that are not 0.
+        l1: Mean sum of the latents' absolute values.
         l1_weighted: The same, each latent times the norm of its decoder row.
         squared_error: Mean of |y - y'|^2, summed over d_out.
         fvu: Fraction of variance unexplained; NaN if all activations are the same up to rounding.
@@ -64,7 +66,7 @@ class Reconstruction:
         shrinkage: E |y'|^2 / E[y . y']; NaN if the reconstruction is always 0.
         encoder_decoder_cosine: Median over normal latents of the cosine between encoder column and decoder row; NaN if
             there is none, or where the two live in different spaces.
-        n_fired: On how many tokens each latent is above 0, int64 `[latent]`.
+        n_fired: On how many tokens each latent is not 0, int64 `[latent]`.
         rare_encoder_cosines: Cosine of each ultra-low latent's encoder column with their mean, `[rare latent]`.
         rare_decoder_cosines: Likewise of the decoder rows.
         read: The site that was read, if known.
@@ -172,23 +174,6 @@ class Reconstruction:
         ]
 
 
-class Moments(NamedTuple):
-    """Number, mean and summed squared distance from the mean of some vectors; float64."""
-
-    n: float
-    mean: np.ndarray
-    square: float
-
-    def merged(self, other: Moments) -> Moments:
-        """Those of both sets of vectors together, `other` being the second."""
-        n = self.n + other.n
-        if n == 0:
-            return self
-        shift = other.mean - self.mean
-        between = float(shift @ shift) * self.n * other.n / n
-        return Moments(n, self.mean + shift * (other.n / n), self.square + other.square + between)
-
-
 class Sums(NamedTuple):
     """What is known of an SAE's reconstruction of some tokens: everything adds up over batches.
 
@@ -223,7 +208,7 @@ class Measured(NamedTuple):
     error: tuple[jax.Array, jax.Array]
 
 
-def measure_reconstruction(sae: SAE, x: Any, y: Any | None = None, *, batch_size: int = 4096) -> Reconstruction:
+def measure_reconstruction(sae: SparseCoder, x: Any, y: Any | None = None, *, batch_size: int = 4096) -> Reconstruction:
     """Measure an SAE on activations.
 
     Args:
@@ -272,20 +257,7 @@ def measure_reconstruction(sae: SAE, x: Any, y: Any | None = None, *, batch_size
     return summary(sae, sums, where=where)
 
 
-def check_counts(n_tokens: int, *, where: str) -> None:
-    """Raise `InvalidInputError` if there are no tokens to measure on; `where` names the public call."""
-    if n_tokens < 1:
-        raise InvalidInputError(
-            four_part(
-                "No tokens were given to measure on",
-                where=where,
-                expected="activations of at least one token that is neither padding nor left out.",
-                fix="give more text, or leave fewer tokens out.",
-            )
-        )
-
-
-def reconstruct(sae: SAE, x: Any, y: Any, counted: Any) -> tuple[jax.Array, Measured]:
+def reconstruct(sae: SparseCoder, x: Any, y: Any, counted: Any) -> tuple[jax.Array, Measured]:
     """The reconstruction of activations, and its measures.
 
     Args:
@@ -298,10 +270,12 @@ def reconstruct(sae: SAE, x: Any, y: Any, counted: Any) -> tuple[jax.Array, Meas
         The reconstruction, float32 `[..., d_out]`, and the measures of each token counted.
     """
     # Sites are no part of the program: it serves the SAEs of all layers.
-    return _reconstruct(replace(sae, read=None, write=None, origin=()), x, y, counted)
+    return _reconstruct(sae.unplaced(), x, y, counted)
 
 
-def _reconstruct_in_chunks(sae: SAE, x: jax.Array, y: jax.Array, counted: jax.Array) -> tuple[jax.Array, Measured]:
+def _reconstruct_in_chunks(
+    sae: SparseCoder, x: jax.Array, y: jax.Array, counted: jax.Array
+) -> tuple[jax.Array, Measured]:
     shape, counted = y.shape, counted.reshape(-1)
     x = jnp.where(counted[:, None], x.reshape(-1, sae.d_in).astype(jnp.float32), 0.0)
     y = jnp.where(counted[:, None], y.reshape(-1, sae.d_out).astype(jnp.float32), 0.0)
@@ -312,11 +286,11 @@ def _reconstruct_in_chunks(sae: SAE, x: jax.Array, y: jax.Array, counted: jax.Ar
         x, y, counted = rows
         latents = sae.encode(x)
         decoded = sae.decode(latents, x)
-        is_active = (latents > 0) & counted[:, None]
+        is_active = (latents != 0) & counted[:, None]
         per_token = {
             "l0": is_active.sum(axis=1).astype(jnp.float32),
-            "l1": latents.sum(axis=1),
-            "l1_weighted": latents @ norms,
+            "l1": jnp.abs(latents).sum(axis=1),
+            "l1_weighted": jnp.abs(latents) @ norms,
             "y_y": jnp.square(y).sum(axis=1),
             "d_d": jnp.square(decoded).sum(axis=1),
             "y_d": (y * decoded).sum(axis=1),
@@ -332,18 +306,11 @@ def _reconstruct_in_chunks(sae: SAE, x: jax.Array, y: jax.Array, counted: jax.Ar
     decoded, n_fired, per_token = lax.map(chunk, chunks)
     decoded = decoded.reshape(-1, sae.d_out)[: len(x)]
     per_token = {name: values.reshape(-1)[: len(x)] for name, values in per_token.items()}
-    moments = _moments(y, counted), _moments(y - decoded, counted)
+    moments = batch_moments(y, counted), batch_moments(y - decoded, counted)
     return decoded.reshape(*shape[:-1], sae.d_out), Measured(per_token, n_fired.sum(axis=0), *moments)
 
 
 _reconstruct = counted_jit(_reconstruct_in_chunks, name="sae.reconstruct")
-
-
-def _moments(vectors: jax.Array, counted: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean of the vectors that count, and the sum of their squared distances from it."""
-    n = jnp.maximum(counted.sum(), 1).astype(jnp.float32)
-    mean = jnp.where(counted[:, None], vectors, 0.0).sum(axis=0) / n
-    return mean, jnp.where(counted[:, None], jnp.square(vectors - mean[None]), 0.0).sum()
 
 
 def fetched(measured: Measured, counted: np.ndarray) -> Sums:
@@ -368,7 +335,7 @@ def fetched(measured: Measured, counted: np.ndarray) -> Sums:
     return Sums(totals, np.asarray(measured.n_fired, np.int64), *moments)
 
 
-def summary(sae: SAE, sums: Sums, *, where: str) -> Reconstruction:
+def summary(sae: SparseCoder, sums: Sums, *, where: str) -> Reconstruction:
     """The measures that sums over all tokens make.
 
     Args:
@@ -394,8 +361,7 @@ def summary(sae: SAE, sums: Sums, *, where: str) -> Reconstruction:
                 fix="look at the model's dtype, at the SAE's weights and at the scaling of its input.",
             )
         )
-    # A mean of equal float32 vectors may be off in the last digit: what is left then is no variance.
-    variance = sums.target.square if sums.target.square > 1e-12 * totals["y_y"] else 0.0
+    variance = variance_of(sums.target.square, totals["y_y"])
     result = Reconstruction(
         n_tokens=n,
         l0=totals["l0"] / n,

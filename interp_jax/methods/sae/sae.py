@@ -28,8 +28,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from interp_jax.core.errors import InvalidInputError, ShapeError, four_part
+from interp_jax.core.errors import InvalidInputError, four_part
 from interp_jax.core.sites import Site
+from interp_jax.forward.sparse_coder import SparseCoder
 from interp_jax.methods.sae import parameters
 from interp_jax.methods.sae.architecture import Architecture
 from interp_jax.methods.sae.normalization import FOLDABLE, Normalization
@@ -42,7 +43,7 @@ from interp_jax.methods.sae.parameters import Params
     meta_fields=["architecture", "read", "write", "origin"],
 )
 @dataclass(frozen=True, repr=False)
-class SAE:
+class SAE(SparseCoder):
     """A sparse autoencoder or transcoder.
 
     Args:
@@ -105,7 +106,7 @@ class SAE:
         Raises:
             ShapeError: The activations have another width.
         """
-        rows, shape = self._rows(x, where="SAE.encode")
+        rows, shape = self.rows(x, where="SAE.encode")
         return _encode(self.architecture, self.params, self.input_scaling, rows).reshape(*shape, self.n_latents)
 
     def decode(self, latents: Any, x: Any | None = None) -> jax.Array:
@@ -123,16 +124,7 @@ class SAE:
             InvalidInputError: The activations are needed.
             ShapeError: Another number of latents.
         """
-        latents = jnp.asarray(latents, jnp.float32)
-        if latents.shape[-1] != self.n_latents:
-            raise ShapeError(
-                four_part(
-                    f"Latents of shape {latents.shape} were given",
-                    where="SAE.decode",
-                    expected=f"[..., {self.n_latents}].",
-                    fix="pass what encode returns.",
-                )
-            )
+        latents = self.checked_latents(latents, where="SAE.decode")
         if x is None and self.input_scaling.rule not in FOLDABLE:
             raise InvalidInputError(
                 four_part(
@@ -142,23 +134,14 @@ class SAE:
                     fix="call decode(latents, activations).",
                 )
             )
-        rows = None if x is None else self._rows(x, where="SAE.decode")[0]
+        rows = None if x is None else self.rows(x, where="SAE.decode")[0]
         flat = latents.reshape(-1, self.n_latents)
         decoded = _decode(self.params, self.input_scaling, self.output_scaling, flat, rows)
         return decoded.reshape(*latents.shape[:-1], self.d_out)
 
-    def __call__(self, x: Any) -> jax.Array:
-        """The reconstruction of activations, in their dtype.
-
-        Args:
-            x: Activations of the read site, `[..., d_in]`.
-
-        Returns:
-            `[..., d_out]`; heads are apart as they came.
-        """
-        x = jnp.asarray(x)
-        written = self.decode(self.encode(x), x).astype(x.dtype)
-        return written.reshape(x.shape) if written.size == x.size else written
+    def unplaced(self) -> SAE:
+        """The same without sites and origin, which are no part of a program."""
+        return replace(self, read=None, write=None, origin=())
 
     def fold_scale(self) -> SAE:
         """The same function with the input's scale inside the weights; latents come out in the model's units.
@@ -217,22 +200,6 @@ class SAE:
         norms = jnp.where(norms > 0, norms, 1.0)
         folded = {"W_enc": self.W_enc * norms[None], "W_dec": self.W_dec / norms[:, None]}
         return replace(self, params=self.params | folded | self.architecture.scaled_biases(self.params, norms))
-
-    def _rows(self, x: Any, *, where: str) -> tuple[jax.Array, tuple[int, ...]]:
-        x = jnp.asarray(x)
-        if x.ndim > 1 and x.shape[-1] != self.d_in and x.shape[-2] * x.shape[-1] == self.d_in:
-            x = x.reshape(*x.shape[:-2], self.d_in)  # What heads hold, side by side.
-        if x.ndim < 1 or x.shape[-1] != self.d_in or not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ShapeError(
-                four_part(
-                    f"{x.dtype} activations of shape {x.shape} were given",
-                    where=where,
-                    expected=f"floats, [..., {self.d_in}]"
-                    + (f", of the site {self.read}." if self.read is not None else "."),
-                    fix="give activations of the site that the SAE was trained on.",
-                )
-            )
-        return x.reshape(-1, self.d_in).astype(jnp.float32), x.shape[:-1]
 
     def __repr__(self) -> str:
         write = self.write if self.write is not None else self.read

@@ -14,10 +14,11 @@ from interp_jax.core.errors import InvalidInputError, ShapeError, UnknownNameErr
 from interp_jax.core.results import load_result, save_result
 from interp_jax.core.sites import Site
 from interp_jax.data.text_streams import pack
+from interp_jax.forward.spliced_losses import LOSS_TOLERANCE
+from interp_jax.forward.splicing import checked_splice, looped_pass, spliced_logits, spliced_passes
 from interp_jax.methods.sae import SAE, ReLU, TopK
-from interp_jax.methods.sae.evaluation import LOSS_TOLERANCE, SAEEvaluation, evaluate_sae
+from interp_jax.methods.sae.evaluation import SAEEvaluation, evaluate_sae
 from interp_jax.methods.sae.reconstruction import measure_reconstruction
-from interp_jax.methods.sae.splicing import checked_splice, looped_pass, spliced_logits, spliced_passes
 from interp_jax.models.language_model import LanguageModel
 from interp_jax.models.upstream import Upstream
 from interp_jax.transforms.compilations import count_compilations

@@ -11,9 +11,10 @@ import pytest
 
 from interp_jax.core.errors import InvalidInputError, ShapeError
 from interp_jax.core.sites import Site
+from interp_jax.forward.moments import Moments
 from interp_jax.methods.sae import SAE, BatchTopK, Gated, JumpReLU, ReLU, TopK, reconstruction
 from interp_jax.methods.sae.normalization import Normalization
-from interp_jax.methods.sae.reconstruction import Moments, measure_reconstruction
+from interp_jax.methods.sae.reconstruction import measure_reconstruction
 from interp_jax.transforms.compilations import count_compilations
 
 

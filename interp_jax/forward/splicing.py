@@ -1,21 +1,22 @@
-"""SAEs in a forward pass: reconstructions in the place of activations, at one site or at several at once.
+"""Sparse coders in a forward pass: reconstructions in the place of activations, at one site or at several at once.
 
-Each SAE reads its site in the pass as it is by then, other SAEs' reconstructions before it included, and writes its
-site at all positions but those left untouched. With the error kept, what the SAE does not explain is added back, so
-that a pass changes by nothing but what is done to the latents:
+Each coder (an SAE, a pursuit over a dictionary, ...) reads its site in the pass as it is by then, other coders'
+reconstructions before it included, and writes its site at all positions but those left untouched. With the error kept,
+what the coder does not explain is added back, so that a pass changes by nothing but what is done to the latents:
 
     error dropped   y becomes decode(edit(f))
     error kept      y becomes y + decode(edit(f)) - decode(f)
 
     logits = spliced_logits(lm, sae, tokens)
-    logits = spliced_logits(lm, [sae_3, sae_7], tokens, keep_error=True, edits={3: lambda f: f.at[..., 12].set(0.0)})
+    logits = spliced_logits(lm, [sae_3, sae_7], tokens, keep_error=True, edits={1: lambda f: f.at[..., 12].set(0.0)})
 
 What runs of a pass with one site is what comes after it (`running_pass.rest`), as often as there are values to try.
+Under `jit` tokens and coders may be traced.
 
 >>> untouched(np.array([[-1, 7, 5, 7, 2]]), tokens=[7], n_first=1)
 array([[ True,  True, False,  True, False]])
 
-Sharp edges: an SAE reads before it writes; one that reads a site which another SAE writes reads what that one wrote.
+Sharp edges: a coder reads before it writes; one that reads a site which another coder writes reads what that one wrote.
 Sites with heads are read and written as one vector, heads side by side. Padding is never touched.
 
 Source: interp_jax; Marks et al. 2024 (2403.19647) for the kept error.
@@ -30,30 +31,31 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from interp_jax.core.errors import InvalidInputError, ShapeError, UnknownNameError, four_part
 from interp_jax.core.sites import Site, select_sites
-from interp_jax.methods.sae.sae import SAE
+from interp_jax.forward.sparse_coder import SparseCoder
 from interp_jax.transforms.compilations import counted_jit
 
 if TYPE_CHECKING:
     from interp_jax.models.language_model import LanguageModel
 
-# From the number of an SAE, what it reads and what is at the site it writes, to what is there instead.
+# From the number of a coder, what it reads and what is at the site it writes, to what is there instead.
 Replacement = Callable[[int, jax.Array, jax.Array], jax.Array]
 
 
 @dataclass(frozen=True)
 class Splice:
-    """SAEs and the sites of a model they read and write.
+    """Sparse coders and the sites of a model they read and write.
 
     Args:
-        saes: The SAEs.
+        coders: The coders.
         reads: The site each of them reads.
         writes: The site each of them writes.
     """
 
-    saes: tuple[SAE, ...]
+    coders: tuple[SparseCoder, ...]
     reads: tuple[Site, ...]
     writes: tuple[Site, ...]
 
@@ -63,12 +65,14 @@ class Splice:
         return list(dict.fromkeys((*self.reads, *self.writes)))
 
 
-def checked_splice(lm: LanguageModel, saes: SAE | Sequence[SAE], tokens: Any, *, where: str) -> Splice:
-    """SAEs with their sites, once it is known that these are in the model and fit.
+def checked_splice(
+    lm: LanguageModel, coders: SparseCoder | Sequence[SparseCoder], tokens: Any, *, where: str
+) -> Splice:
+    """Coders with their sites, once it is known that these are in the model and fit.
 
     Args:
         lm: The model.
-        saes: One SAE or several.
+        coders: One coder or several.
         tokens: Tokens of the shape in question, `[batch, pos]`.
         where: The public call, for error messages.
 
@@ -76,28 +80,32 @@ def checked_splice(lm: LanguageModel, saes: SAE | Sequence[SAE], tokens: Any, *,
         The splice.
 
     Raises:
-        InvalidInputError: No SAE, one without a site or that writes before it reads, or two that write one site.
+        InvalidInputError: No coder, one without a site or that writes before it reads, or two that write one site.
         UnknownNameError: The model has no such site.
         ShapeError: A site has another width.
     """
-    saes = (saes,) if isinstance(saes, SAE) else tuple(saes)
-    if wrong := [sae for sae in saes if not isinstance(sae, SAE)]:
-        raise _refuse(f"{wrong[0]!r:.60} was given", where, "an SAE or several.", "load or train one.")
-    homeless = [sae for sae in saes if sae.read is None]
-    if not saes or homeless:
-        given = f"{homeless[0]} without a site" if saes else "No SAE"
+    coders = (coders,) if isinstance(coders, SparseCoder) else tuple(coders)
+    if wrong := [coder for coder in coders if not isinstance(coder, SparseCoder)]:
+        allowed = "an SAE, or another sparse coder, or several."
+        raise _refuse(f"{wrong[0]!r:.60} was given", where, allowed, "load or train one.")
+    homeless = [coder for coder in coders if coder.read is None]
+    if not coders or homeless:
+        given = f"{homeless[0]} without a site" if coders else "No SAE"
         raise _refuse(
-            f"{given} was given", where, "SAEs that say where they read.", 'use replace(sae, read=Site(5, "mlp_out")).'
+            f"{given} was given",
+            where,
+            "SAEs, or other sparse coders, that say where they read.",
+            'use replace(sae, read=Site(5, "mlp_out")).',
         )
-    rows = {row.site: row.value for row in lm.sites(tokens).rows}
+    rows = {row.site: row.value for row in lm.sites(np.zeros(np.shape(tokens), np.int32)).rows}
     reads, writes = [], []
-    for sae in saes:
-        read, write = (_one_site(site, list(rows), where) for site in (sae.read, sae.write or sae.read))
-        _check_width(sae, "reads", read, rows[read], sae.d_in, tokens, where)
-        _check_width(sae, "writes", write, rows[write], sae.d_out, tokens, where)
+    for coder in coders:
+        read, write = (_one_site(site, list(rows), where) for site in (coder.read, coder.write or coder.read))
+        _check_width(coder, "reads", read, rows[read], coder.d_in, tokens, where)
+        _check_width(coder, "writes", write, rows[write], coder.d_out, tokens, where)
         if list(rows).index(read) > list(rows).index(write):
             raise _refuse(
-                f"{sae}, which writes {write} before {read} is there to be read, was given",
+                f"{coder}, which writes {write} before {read} is there to be read, was given",
                 where,
                 "a read site no later than the write site.",
                 "choose sites in the order of the forward pass.",
@@ -106,12 +114,12 @@ def checked_splice(lm: LanguageModel, saes: SAE | Sequence[SAE], tokens: Any, *,
         writes.append(write)
     if twice := sorted({str(site) for site in writes if writes.count(site) > 1}):
         raise _refuse(
-            f"{len(saes)} SAEs were given, of which several write {', '.join(twice)}",
+            f"{len(coders)} SAEs were given, of which several write {', '.join(twice)}",
             where,
             "one SAE for each site that is written.",
             "evaluate them one after the other.",
         )
-    return Splice(saes, tuple(reads), tuple(writes))
+    return Splice(coders, tuple(reads), tuple(writes))
 
 
 def _one_site(site: Any, sites: list[Site], where: str) -> Site:
@@ -128,12 +136,12 @@ def _one_site(site: Any, sites: list[Site], where: str) -> Site:
     return picked[0]
 
 
-def _check_width(sae: SAE, does: str, site: Site, value: Any, width: int, tokens: Any, where: str) -> None:
+def _check_width(coder: SparseCoder, does: str, site: Site, value: Any, width: int, tokens: Any, where: str) -> None:
     shape = value.shape if hasattr(value, "shape") else ()
     if shape[:2] != np.shape(tokens) or int(np.prod(shape[2:])) != width or len(shape) < 3:
         raise ShapeError(
             four_part(
-                f"{sae}, which {does} vectors of {width}, was given for {site} {list(shape)}",
+                f"{coder}, which {does} vectors of {width}, was given for {site} {list(shape)}",
                 where=where,
                 expected=f"a site [batch, pos, ...] with {width} numbers at each position.",
                 fix="use the SAE with the model and the site it was trained on.",
@@ -141,7 +149,7 @@ def _check_width(sae: SAE, does: str, site: Site, value: Any, width: int, tokens
         )
 
 
-def untouched(rows: np.ndarray, *, tokens: Iterable[int] = (), n_first: int = 0) -> np.ndarray:
+def untouched(rows: Any, *, tokens: Iterable[int] = (), n_first: int = 0) -> Any:
     """Where nothing is replaced: at padding, at some tokens, and at the first ones of each row.
 
     Args:
@@ -150,27 +158,28 @@ def untouched(rows: np.ndarray, *, tokens: Iterable[int] = (), n_first: int = 0)
         n_first: How many tokens at the start of each row, padding not counted.
 
     Returns:
-        bool `[batch, pos]`.
+        bool `[batch, pos]`, of NumPy unless the rows are traced.
     """
-    number = np.cumsum(rows >= 0, axis=1)
-    return (rows < 0) | (number <= n_first) | np.isin(rows, np.asarray(list(tokens), np.int64))
+    lib = jnp if isinstance(rows, Tracer) else np
+    number = lib.cumsum(rows >= 0, axis=1)
+    return (rows < 0) | (number <= n_first) | lib.isin(rows, np.asarray(list(tokens), np.int64))
 
 
 def spliced_passes(
     lm: LanguageModel, splice: Splice, tokens: Any, replacements: Sequence[Replacement]
 ) -> Iterator[jax.Array]:
-    """The logits of one pass for each of some ways to replace what the SAEs write.
+    """The logits of one pass for each of some ways to replace what the coders write.
 
     Args:
         lm: The model.
-        splice: The SAEs and their sites.
+        splice: The coders and their sites.
         tokens: Token ids, `[batch, pos]`.
         replacements: The ways.
 
     Returns:
         Logits, `[batch, pos, d_vocab]`, one after the other.
     """
-    if len(splice.saes) > 1:
+    if len(splice.coders) > 1:
         yield from (looped_pass(lm, splice, tokens, replace) for replace in replacements)
         return
     read = None
@@ -184,11 +193,11 @@ def spliced_passes(
 
 
 def looped_pass(lm: LanguageModel, splice: Splice, tokens: Any, replace: Replacement) -> jax.Array:
-    """The logits of a pass in which what every SAE writes is replaced.
+    """The logits of a pass in which what every coder writes is replaced.
 
     Args:
         lm: The model.
-        splice: The SAEs and their sites.
+        splice: The coders and their sites.
         tokens: Token ids, `[batch, pos]`.
         replace: What is there instead.
 
@@ -224,12 +233,12 @@ def _blend(value: Any, new: Any, explained: Any, is_touched: Any) -> jax.Array:
     return jnp.where(is_touched[..., None], new, value)
 
 
-blend = counted_jit(_blend, name="sae.blend")
+blend = counted_jit(_blend, name="splicing.blend")
 
 
 def spliced_logits(
     lm: LanguageModel,
-    saes: SAE | Sequence[SAE],
+    coders: SparseCoder | Sequence[SparseCoder],
     tokens: Any,
     *,
     keep_error: bool = False,
@@ -237,14 +246,14 @@ def spliced_logits(
     untouched_tokens: Iterable[int] = (),
     n_untouched: int = 0,
 ) -> jax.Array:
-    """The logits when sites hold what SAEs make of them.
+    """The logits when sites hold what sparse coders make of them.
 
     Args:
         lm: The model.
-        saes: One SAE or several, each with its site.
+        coders: One SAE (or other sparse coder) or several, each with its site.
         tokens: Token ids, `[batch, pos]`.
-        keep_error: Whether what an SAE does not explain is added back.
-        edits: Number of an SAE among `saes` (0 if there is one) to a function of its latents `[batch, pos, latent]`.
+        keep_error: Whether what a coder does not explain is added back.
+        edits: Number of a coder among `coders` (0 if there is one) to a function of its latents `[batch, pos, latent]`.
         untouched_tokens: Ids of tokens, such as BOS, at whose positions nothing is replaced.
         n_untouched: At how many tokens at the start of each row nothing is replaced.
 
@@ -252,27 +261,30 @@ def spliced_logits(
         Logits, `[batch, pos, d_vocab]`.
 
     Raises:
-        InvalidInputError: An SAE without a site, or two that write one site, or an edit of an SAE that is not there.
+        InvalidInputError: A coder without a site, or two that write one site, or an edit of one that is not there.
         UnknownNameError: The model has no such site.
         ShapeError: A site has another width.
     """
-    rows = np.asarray(lm.check_tokens(tokens, where="spliced_logits"))
-    splice = checked_splice(lm, saes, rows, where="spliced_logits")
+    rows = lm.check_tokens(tokens, where="spliced_logits")
+    rows = rows if isinstance(rows, Tracer) else np.asarray(rows)
+    splice = checked_splice(lm, coders, rows, where="spliced_logits")
     edits = dict(edits or {})
-    if strange := [number for number in edits if number not in range(len(splice.saes))]:
+    if strange := [number for number in edits if number not in range(len(splice.coders))]:
         raise _refuse(
             f"An edit of SAE number {strange[0]!r} was given",
             "spliced_logits",
-            f"numbers from 0 to {len(splice.saes) - 1}.",
+            f"numbers from 0 to {len(splice.coders) - 1}.",
             "number the edits by the SAEs' places in the sequence.",
         )
     is_touched = ~untouched(rows, tokens=untouched_tokens, n_first=n_untouched)
 
     def replace(number: int, x: jax.Array, y: jax.Array) -> jax.Array:
-        sae = splice.saes[number]
-        latents = sae.encode(x)
-        explained = sae.decode(latents, x)
-        new = sae.decode(edits[number](latents), x) if number in edits else explained
+        coder = splice.coders[number]
+        if number not in edits:
+            explained = new = coder.reconstruct(x)
+        else:
+            latents = coder.encode(x)
+            explained, new = coder.decode(latents, x), coder.decode(edits[number](latents), x)
         return blend(y, new, explained if keep_error else None, is_touched)
 
     return next(spliced_passes(lm, splice, rows, [replace]))
