@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from interp_jax.forward.store import Buffer as Buffer
     from interp_jax.forward.sweeps import scaled as scaled
     from interp_jax.forward.sweeps import sweep as sweep
+    from interp_jax.methods import pursuit as pursuit
     from interp_jax.methods import sae as sae
     from interp_jax.methods.activation_patching import ablation as ablation
     from interp_jax.methods.activation_patching import activation_patching as activation_patching
@@ -171,6 +172,7 @@ _HOMES = {
     "interp_jax.methods.direct_logit_attribution": ("direct_logit_attribution",),
     "interp_jax.methods.layer_effects": ("layer_effects",),
     "interp_jax.methods.logit_lens": ("logit_lens",),
+    "interp_jax.methods.pursuit": ("pursuit",),
     "interp_jax.methods.sae": ("sae",),
     "interp_jax.methods.node_diagnostics": ("bound_missed_nodes", "verify_top_nodes"),
     "interp_jax.models.language_model": ("LanguageModel",),
@@ -192,7 +194,7 @@ _HOMES = {
     "interp_jax.transforms.patcher": ("PatchSet", "Patcher"),
     "interp_jax.transforms.running_pass": ("RunningPass", "list_sites", "run"),
 }
-_MODULES = ("greenlets", "harvest", "sae")
+_MODULES = ("greenlets", "harvest", "pursuit", "sae")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = sorted(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll] - the names live in one table

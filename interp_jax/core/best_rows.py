@@ -1,0 +1,109 @@
+"""Which of many rows has the largest inner product with each vector, without a table of all the products.
+
+The product is the smaller part of the work if one asks for an argmax of it: on a CPU XLA takes as long again to find
+it. Here the rows come in pieces whose products stay in the cache. Of a piece first the maximum of each block is taken,
+which is vectorised, and then the argmax of the maxima and of one block.
+
+>>> best = best_rows(jnp.array([[1.0, 1.0], [-2.0, 0.0]]), jnp.array([[1.0, 0.0], [0.5, 0.75]]), is_signed=True)
+>>> best.indices.tolist(), best.products.tolist()
+([1, 0], [1.25, -2.0])
+
+Sharp edges: of equal products the row that comes first wins. Neither result has a gradient. A product that is NaN is
+never the best; if all are, the index is some row's and the product NaN or -inf.
+
+Source: interp_jax.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# How many products of a piece are found by their block.
+_N_BLOCK = 256
+
+
+class BestRows(NamedTuple):
+    """The row with the largest product, for each vector.
+
+    Args:
+        indices: int32 `[batch]`.
+        products: With that row, `[batch]`.
+    """
+
+    indices: jax.Array
+    products: jax.Array
+
+
+def best_rows(
+    vectors: jax.Array,
+    rows: jax.Array,
+    scales: jax.Array | None = None,
+    *,
+    is_signed: bool = False,
+    precision: lax.PrecisionLike = lax.Precision.HIGHEST,
+) -> BestRows:
+    """The row with the largest product `scale (row . vector)`, or the largest absolute one.
+
+    Args:
+        vectors: `[batch, d]`; products are computed in their dtype and summed in float32 or wider.
+        rows: `[n, d]`, of any floating dtype, n at least 1.
+        scales: What the products with each row are multiplied by, `[n]`; None for nothing.
+        is_signed: Whether the largest absolute product is looked for.
+        precision: Of the product.
+
+    Returns:
+        The indices, and the products with their signs.
+    """
+    vectors, rows = lax.stop_gradient((vectors, rows))
+    scales = None if scales is None else lax.stop_gradient(scales)
+    (n_vectors, _), n = vectors.shape, len(rows)
+    n_piece = _piece(n_vectors, n)
+    sums = vectors.dtype if jnp.finfo(vectors.dtype).bits > 32 else jnp.float32
+
+    def of_piece(start: jax.Array | int) -> BestRows:
+        piece = lax.dynamic_slice_in_dim(rows, start, n_piece).astype(vectors.dtype)
+        products = jnp.matmul(vectors, piece.T, precision=precision, preferred_element_type=sums)
+        if scales is not None:
+            products = products * lax.dynamic_slice_in_dim(scales, start, n_piece).astype(sums)[None]
+        found = _best_of(products, is_signed)
+        return BestRows(found.indices + start, found.products)
+
+    if n_piece == n:
+        return of_piece(0)
+
+    def step(i: jax.Array, best: BestRows) -> BestRows:
+        # The last piece begins earlier rather than being shorter; what it repeats ties, and a tie changes nothing.
+        found = of_piece(jnp.minimum(i * n_piece, n - n_piece))
+        is_better = _size(found.products, is_signed) > _size(best.products, is_signed)
+        return BestRows(*(jnp.where(is_better, new, old) for new, old in zip(found, best, strict=True)))
+
+    return lax.fori_loop(1, -(-n // n_piece), step, of_piece(0))
+
+
+def _piece(n_vectors: int, n: int) -> int:
+    """How many rows at once: as many as leave a CPU's cache to the products, or give an accelerator enough to do."""
+    at_once = 2**19 if jax.default_backend() == "cpu" else 2**26
+    n_piece = max(at_once // max(n_vectors, 1), 2048) // _N_BLOCK * _N_BLOCK
+    return n if n <= n_piece else n_piece
+
+
+def _best_of(products: jax.Array, is_signed: bool) -> BestRows:
+    """The largest of each row of products."""
+    n_vectors, n = products.shape
+    first = jnp.zeros(n_vectors, jnp.int32)
+    if n > _N_BLOCK and n % _N_BLOCK == 0:
+        blocks = products.reshape(n_vectors, -1, _N_BLOCK)
+        block = jnp.argmax(_size(blocks, is_signed).max(axis=2), axis=1).astype(jnp.int32)
+        products = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+        first = block * _N_BLOCK
+    within = jnp.argmax(_size(products, is_signed), axis=1).astype(jnp.int32)
+    return BestRows(first + within, jnp.take_along_axis(products, within[:, None], axis=1)[:, 0])
+
+
+def _size(products: jax.Array, is_signed: bool) -> jax.Array:
+    """What is largest at the best."""
+    return jnp.abs(products) if is_signed else products
