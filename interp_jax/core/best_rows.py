@@ -20,10 +20,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.core import Tracer
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # How many products of a piece are found by their block.
 _N_BLOCK = 256
+_LAST = np.iinfo(np.int32).max
 
 
 class BestRows(NamedTuple):
@@ -82,6 +86,75 @@ def best_rows(
         return BestRows(*(jnp.where(is_better, new, old) for new, old in zip(found, best, strict=True)))
 
     return lax.fori_loop(1, -(-n // n_piece), step, of_piece(0))
+
+
+class Cut(NamedTuple):
+    """How rows lie on devices.
+
+    Args:
+        mesh: The devices, with `Auto` axes.
+        rows: The axes of the mesh that cut the rows, in order.
+        batch: The axes that cut the vectors.
+    """
+
+    mesh: Mesh
+    rows: tuple[str, ...]
+    batch: tuple[str, ...]
+
+
+def cut_of(rows: jax.Array, vectors: jax.Array) -> Cut | None:
+    """How rows are cut over devices, or None if they are not.
+
+    Args:
+        rows: `[n, d]`, not traced.
+        vectors: `[batch, d]`, possibly traced.
+
+    Returns:
+        The cut.
+    """
+    axes = _first_axes(rows)
+    if not axes:
+        return None
+    mesh = rows.sharding.mesh  # pyright: ignore[reportAttributeAccessIssue] - a NamedSharding, as it has axes
+    batch = () if isinstance(vectors, Tracer) else _first_axes(vectors)
+    shared = [axis for axis in batch if axis in mesh.axis_names and axis not in axes]
+    return Cut(Mesh(mesh.devices, mesh.axis_names), axes, tuple(shared) if len(shared) == len(batch) else ())
+
+
+def _first_axes(array: jax.Array) -> tuple[str, ...]:
+    """The axes of a mesh that cut an array's first axis."""
+    if not isinstance(array.sharding, NamedSharding) or not array.sharding.spec:
+        return ()
+    axes = array.sharding.spec[0]
+    return () if axes is None else axes if isinstance(axes, tuple) else (axes,)
+
+
+def best_rows_across(
+    vectors: jax.Array, rows: jax.Array, scales: jax.Array, cut: Cut, *, is_signed: bool = False
+) -> BestRows:
+    """`best_rows` of rows that are cut over devices: of each device's best, the best.
+
+    Args:
+        vectors: `[batch, d]`.
+        rows: `[n, d]`.
+        scales: `[n]`.
+        cut: How they are cut.
+        is_signed: Whether the largest absolute product is looked for.
+
+    Returns:
+        As `best_rows`; of equal products the row that comes first wins, on whichever device.
+    """
+
+    def on_device(vectors: jax.Array, rows: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array]:
+        best = best_rows(vectors, rows, scales, is_signed=is_signed)
+        indices = best.indices + lax.axis_index(cut.rows).astype(jnp.int32) * len(rows)
+        sizes = _size(best.products, is_signed)
+        first = lax.pmin(jnp.where(sizes == lax.pmax(sizes, cut.rows), indices, _LAST), cut.rows)
+        return first, lax.psum(jnp.where(indices == first, best.products, 0), cut.rows)
+
+    of_rows, of_batch = PartitionSpec(cut.rows), PartitionSpec(cut.batch or None)
+    run = jax.shard_map(on_device, mesh=cut.mesh, in_specs=(of_batch, of_rows, of_rows), out_specs=(of_batch, of_batch))
+    return BestRows(*run(*lax.stop_gradient((vectors, rows, scales))))
 
 
 def _piece(n_vectors: int, n: int) -> int:

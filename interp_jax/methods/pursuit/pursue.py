@@ -22,6 +22,7 @@ Source: interp_jax.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -29,8 +30,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.sharding import AxisType, Mesh, NamedSharding
 
-from interp_jax.core.best_rows import BestRows, best_rows
+from interp_jax.core.best_rows import BestRows, Cut, best_rows, best_rows_across, cut_of
 from interp_jax.core.errors import InvalidInputError, ShapeError, four_part, shorten
 from interp_jax.methods.pursuit.atoms import combination
 from interp_jax.methods.pursuit.least_squares import refined
@@ -93,8 +95,9 @@ def pursue(
     if not is_traced:
         _check_values(dictionary, tolerance)
     tolerance = jnp.asarray(tolerance, jnp.float32)
+    cut = None if isinstance(dictionary, Tracer) else cut_of(dictionary, signals)
     run = _pursue if is_traced else _compiled
-    return run(pursuit, signals, dictionary, tolerance, k=int(k), prefixes=prefixes)
+    return run(pursuit, signals, dictionary, tolerance, k=int(k), prefixes=prefixes, cut=cut)
 
 
 def dense_codes(indices: jax.Array, values: jax.Array, n_atoms: int) -> jax.Array:
@@ -140,7 +143,21 @@ def _array(value: Any, name: str, shape: str) -> jax.Array:
                 fix=f"give {name} as {shape}, for example by reshape(-1, d) and astype(jnp.float32).",
             )
         )
-    return array
+    mesh = jax.typeof(array).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return array
+    if isinstance(array, Tracer):
+        raise InvalidInputError(
+            four_part(
+                f"{name} sharded over the explicit axes {mesh.axis_names} was given",
+                where="pursue, inside a transformation",
+                expected="arrays whose sharding is XLA's to choose there.",
+                fix="wrap the call in jax.sharding.auto_axes, or make the mesh with axis_types=(AxisType.Auto, ...).",
+            )
+        )
+    # The same bytes in the same places: only what JAX asks of the operations differs.
+    sharding: Any = array.sharding
+    return jax.device_put(array, NamedSharding(Mesh(sharding.mesh.devices, mesh.axis_names), sharding.spec))
 
 
 def _check(pursuit: Pursuit, signals: jax.Array, dictionary: jax.Array, k: int, prefixes: Sequence[int] | None) -> None:
@@ -220,13 +237,14 @@ def _pursue(
     *,
     k: int,
     prefixes: tuple[int, ...] | None,
+    cut: Cut | None,
 ) -> Pursued:
     dtype = jnp.float64 if signals.dtype == jnp.float64 else jnp.float32
     is_finite = jnp.isfinite(signals).all(axis=1)
     units, exponents = _in_units(jnp.where(is_finite[:, None], signals.astype(dtype), 0))
     tolerances = jnp.ldexp(jnp.broadcast_to(tolerance.astype(dtype), exponents.shape), -exponents)
     scales = _inverse_norms(dictionary, dtype)
-    state, recorded = _run(pursuit, units, dictionary, scales, tolerances, k, prefixes or ())
+    state, recorded = _run(pursuit, units, dictionary, scales, tolerances, k, prefixes or (), cut)
 
     atoms, stretches = state.atoms, jnp.where(state.indices >= 0, scales[jnp.maximum(state.indices, 0)], 0)
     values = state.values
@@ -263,6 +281,7 @@ def _run(
     tolerances: jax.Array,
     k: int,
     prefixes: tuple[int, ...],
+    cut: Cut | None,
 ) -> tuple[State, jax.Array]:
     """All steps, of signals in a range where squares are harmless."""
     if pursuit.is_least_squares:
@@ -286,7 +305,7 @@ def _run(
 
     def step(carry: tuple[State, jax.Array], at: tuple[jax.Array, jax.Array]) -> tuple[tuple[State, jax.Array], None]:
         (state, recorded), (number, entry) = carry, at
-        state = _step(pursuit, signals, dictionary, scales, tolerances, noise, state, number)
+        state = _step(pursuit, signals, dictionary, scales, tolerances, noise, cut, state, number)
         return (state, lax.dynamic_update_index_in_dim(recorded, state.values, entry, axis=0)), None
 
     recorded = jnp.zeros((len(prefixes) + 1, n_batch, k), dtype)
@@ -302,15 +321,17 @@ def _step(
     scales: jax.Array,
     tolerances: jax.Array,
     noise: jax.Array,
+    cut: Cut | None,
     state: State,
     number: jax.Array,
 ) -> State:
     norms = jnp.sqrt(jnp.square(lax.stop_gradient(state.residual)).sum(axis=1))
     is_done = state.is_done | (norms <= tolerances)
+    choose = best_rows if cut is None else partial(best_rows_across, cut=cut)
     best = lax.cond(
         is_done.all(),
         lambda: BestRows(jnp.zeros(len(signals), jnp.int32), jnp.zeros_like(norms)),
-        lambda: best_rows(state.residual, dictionary, scales, is_signed=not pursuit.is_nonneg),
+        lambda: choose(state.residual, dictionary, scales, is_signed=not pursuit.is_nonneg),
     )
     is_done |= (best.products if pursuit.is_nonneg else jnp.abs(best.products)) <= noise
 
@@ -364,4 +385,4 @@ def _in_units(signals: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 _has_bad_numbers = counted_jit(lambda dictionary: ~jnp.isfinite(dictionary).all(axis=1), name="pursuit.has_bad_numbers")
-_compiled = counted_jit(_pursue, name="pursuit.pursue", static_argnums=(0,), static_argnames=("k", "prefixes"))
+_compiled = counted_jit(_pursue, name="pursuit.pursue", static_argnums=(0,), static_argnames=("k", "prefixes", "cut"))
