@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from interp_jax.methods import pursuit as pursuit
     from interp_jax.methods import sae as sae
     from interp_jax.methods.activation_patching import ablation as ablation
+    from interp_jax.methods import steering as steering
     from interp_jax.methods.activation_patching import activation_patching as activation_patching
     from interp_jax.methods.atp import attribution_patching as attribution_patching
     from interp_jax.methods.circuits.acdc import acdc as acdc
@@ -179,6 +180,8 @@ _HOMES = {
     "interp_jax.models.loading": ("load",),
     "interp_jax.transforms.compilations": ("compilations",),
     "interp_jax.transforms.greenlets": ("greenlets",),
+    "interp_jax.methods.steering": ("steering",),
+    "interp_jax.methods.sparsity_sweep": ("sparsity_sweep",),
     "interp_jax.transforms.harvest": (
         "harvest",
         "harvest_sites",
@@ -194,7 +197,7 @@ _HOMES = {
     "interp_jax.transforms.patcher": ("PatchSet", "Patcher"),
     "interp_jax.transforms.running_pass": ("RunningPass", "list_sites", "run"),
 }
-_MODULES = ("greenlets", "harvest", "pursuit", "sae")
+_MODULES = ("greenlets", "harvest", "pursuit", "sae", "steering")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = sorted(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll] - the names live in one table
