@@ -67,14 +67,15 @@ if TYPE_CHECKING:
     from interp_jax.forward.shards import ShardStream as ShardStream
     from interp_jax.forward.site_values import Keep as Keep
     from interp_jax.forward.site_values import activations_of as activations_of
+    from interp_jax.forward.splicing import spliced_logits as spliced_logits
     from interp_jax.forward.store import ActivationStream as ActivationStream
     from interp_jax.forward.store import Buffer as Buffer
     from interp_jax.forward.sweeps import scaled as scaled
     from interp_jax.forward.sweeps import sweep as sweep
     from interp_jax.methods import pursuit as pursuit
     from interp_jax.methods import sae as sae
-    from interp_jax.methods.activation_patching import ablation as ablation
     from interp_jax.methods import steering as steering
+    from interp_jax.methods.activation_patching import ablation as ablation
     from interp_jax.methods.activation_patching import activation_patching as activation_patching
     from interp_jax.methods.atp import attribution_patching as attribution_patching
     from interp_jax.methods.circuits.acdc import acdc as acdc
@@ -87,10 +88,12 @@ if TYPE_CHECKING:
     from interp_jax.methods.circuits.path_patching import path_patching as path_patching
     from interp_jax.methods.cost_recall import cost_recall as cost_recall
     from interp_jax.methods.direct_logit_attribution import direct_logit_attribution as direct_logit_attribution
+    from interp_jax.methods.encoder_agreement import encoder_agreement as encoder_agreement
     from interp_jax.methods.layer_effects import layer_effects as layer_effects
     from interp_jax.methods.logit_lens import logit_lens as logit_lens
     from interp_jax.methods.node_diagnostics import bound_missed_nodes as bound_missed_nodes
     from interp_jax.methods.node_diagnostics import verify_top_nodes as verify_top_nodes
+    from interp_jax.methods.sparsity_sweep import sparsity_sweep as sparsity_sweep
     from interp_jax.models.language_model import LanguageModel as LanguageModel
     from interp_jax.models.loading import load as load
     from interp_jax.transforms import greenlets as greenlets
@@ -152,6 +155,7 @@ _HOMES = {
         "Keep",
         "activations_of",
     ),
+    "interp_jax.forward.splicing": ("spliced_logits",),
     "interp_jax.forward.store": (
         "ActivationStream",
         "Buffer",
@@ -171,6 +175,7 @@ _HOMES = {
     "interp_jax.methods.activation_patching": ("ablation", "activation_patching"),
     "interp_jax.methods.atp": ("attribution_patching",),
     "interp_jax.methods.direct_logit_attribution": ("direct_logit_attribution",),
+    "interp_jax.methods.encoder_agreement": ("encoder_agreement",),
     "interp_jax.methods.layer_effects": ("layer_effects",),
     "interp_jax.methods.logit_lens": ("logit_lens",),
     "interp_jax.methods.pursuit": ("pursuit",),

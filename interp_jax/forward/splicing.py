@@ -84,7 +84,7 @@ def checked_splice(
         UnknownNameError: The model has no such site.
         ShapeError: A site has another width.
     """
-    coders = (coders,) if isinstance(coders, SparseCoder) else tuple(coders)
+    coders = tuple(coders) if isinstance(coders, Iterable) else (coders,)
     if wrong := [coder for coder in coders if not isinstance(coder, SparseCoder)]:
         allowed = "an SAE, or another sparse coder, or several."
         raise _refuse(f"{wrong[0]!r:.60} was given", where, allowed, "load or train one.")

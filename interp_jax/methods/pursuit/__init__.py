@@ -9,6 +9,7 @@ from interp_jax.methods.pursuit.matching_pursuit import MatchingPursuit
 from interp_jax.methods.pursuit.orthogonal_matching_pursuit import OrthogonalMatchingPursuit
 from interp_jax.methods.pursuit.pursue import Pursued, dense_codes, pursue, reconstruct
 from interp_jax.methods.pursuit.pursuit import Pursuit
+from interp_jax.methods.pursuit.pursuit_encoder import PursuitEncoder, encoder, random_dictionary
 from interp_jax.methods.pursuit.pursuits import PURSUITS
 
 __all__ = [
@@ -19,7 +20,10 @@ __all__ = [
     "OrthogonalMatchingPursuit",
     "Pursued",
     "Pursuit",
+    "PursuitEncoder",
     "dense_codes",
+    "encoder",
     "pursue",
+    "random_dictionary",
     "reconstruct",
 ]

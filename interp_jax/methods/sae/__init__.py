@@ -16,6 +16,7 @@ from interp_jax.methods.sae.relu import ReLU
 from interp_jax.methods.sae.resampling import Redraw, Resample
 from interp_jax.methods.sae.sae import SAE
 from interp_jax.methods.sae.top_k import TopK
+from interp_jax.methods.sae.top_latents import TopLatents
 from interp_jax.methods.sae.train_config import TrainConfig
 from interp_jax.methods.sae.train_step import StepRule
 from interp_jax.methods.sae.training import TrainResult, train
@@ -39,6 +40,7 @@ __all__ = [
     "Show",
     "StepRule",
     "TopK",
+    "TopLatents",
     "TrainConfig",
     "TrainResult",
     "evaluate_sae",
