@@ -23,6 +23,7 @@ import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import numpy as np
 
 from interp_jax.core.errors import InvalidInputError, ShapeError, four_part
@@ -68,7 +69,7 @@ class BatchStream(Protocol):
         """How fast it has been."""
         ...
 
-    def next_batch(self) -> dict[str, np.ndarray]:
+    def next_batch(self) -> Mapping[str, np.ndarray | jax.Array]:
         """The next batch: site name to `[batch_size, width]`. The arrays are the caller's."""
         ...
 

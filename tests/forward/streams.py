@@ -36,9 +36,9 @@ def numbered(n_sequences: int, n_ctx: int = N_CTX) -> Packed:
     return packed_rows(np.arange(n_sequences * n_ctx).reshape(n_sequences, n_ctx))
 
 
-def tokens_in(batch: Mapping[str, np.ndarray]) -> np.ndarray:
+def tokens_in(batch: Mapping[str, Any]) -> np.ndarray:
     """Which tokens the rows of a batch of `TELLING` are of; the sites agree about it."""
-    tokens = batch["embed"][:, 0]
+    tokens = np.asarray(batch["embed"])[:, 0]
     if "0.mlp_out" in batch:
         assert (batch["0.mlp_out"][:, 0] == -tokens).all()
     return tokens.astype(np.int64)
@@ -46,7 +46,7 @@ def tokens_in(batch: Mapping[str, np.ndarray]) -> np.ndarray:
 
 def take(stream: BatchStream, n: int) -> list[dict[str, np.ndarray]]:
     """The next `n` batches."""
-    return [stream.next_batch() for _ in range(n)]
+    return [{name: np.asarray(rows) for name, rows in stream.next_batch().items()} for _ in range(n)]
 
 
 def same(left: list[dict[str, np.ndarray]], right: list[dict[str, np.ndarray]]) -> bool:
