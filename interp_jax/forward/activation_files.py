@@ -30,8 +30,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -52,6 +50,7 @@ from interp_jax.forward.site_values import (
     read_rows,
     site_reader,
 )
+from interp_jax.models.weights.writing import publish_whole, write_file
 
 if TYPE_CHECKING:
     from interp_jax.models.language_model import LanguageModel
@@ -156,33 +155,25 @@ def write_activations(
     row_bytes = sum(width * dtypes[name].itemsize for name, width in reader.widths.items())
     n_rows = _count_rows(packed, keep)
     dealer = _Dealer(reader, dtypes, n_shards=math.ceil(n_rows * row_bytes / shard_bytes), seed=seed)
+
+    def write(folder: Path) -> None:
+        _deal_all(lm, packed, keep, dealer, folder, sequences_per_pass, max(1, DEAL_BYTES // row_bytes))
+        manifest = Manifest(
+            lm.name,
+            packed.name,
+            packed.fingerprint,
+            str(keep),
+            dict(reader.widths),
+            {name: one.name for name, one in dtypes.items()},
+            n_rows,
+            len(packed),
+            dealer.finish(folder),
+        )
+        document = {"format": FORMAT, **manifest._asdict(), "shards": [s._asdict() for s in manifest.shards]}
+        write_file(folder / MANIFEST, json.dumps(document, indent=1).encode())
+
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if (n_free := shutil.disk_usage(target.parent).free) < n_rows * row_bytes:
-            raise OSError(f"{n_rows * row_bytes / 1e6:,.0f} MB to write, {n_free / 1e6:,.0f} MB free")
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-part-") as part:
-            folder = Path(part) / target.name
-            folder.mkdir()
-            _deal_all(lm, packed, keep, dealer, folder, sequences_per_pass, max(1, DEAL_BYTES // row_bytes))
-            manifest = Manifest(
-                lm.name,
-                packed.name,
-                packed.fingerprint,
-                str(keep),
-                dict(reader.widths),
-                {name: one.name for name, one in dtypes.items()},
-                n_rows,
-                len(packed),
-                dealer.finish(folder),
-            )
-            document = {"format": FORMAT, **manifest._asdict(), "shards": [s._asdict() for s in manifest.shards]}
-            with open(folder / MANIFEST, "w", encoding="utf-8") as file:
-                json.dump(document, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            if target.is_dir():
-                target.rmdir()
-            folder.rename(target)
+        publish_whole(target, write, n_bytes=n_rows * row_bytes)
     except OSError as error:
         raise ExportError(
             four_part(

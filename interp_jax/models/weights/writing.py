@@ -103,15 +103,7 @@ def write_whole(
     directory = Path(os.path.abspath(directory.expanduser()))
     _check_target(directory, verb, mark, noun, overwrite)
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        if n_bytes > (n_free := shutil.disk_usage(directory.parent).free):
-            raise OSError(f"{n_bytes / 1e6:,.0f} MB to write, {n_free / 1e6:,.0f} MB free")
-        part = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-part-"))
-        try:
-            write(part)
-            _publish(part, directory)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)  # gone already if all went well
+        publish_whole(directory, write, n_bytes=n_bytes)
     except OSError as error:
         raise ExportError(
             four_part(
@@ -122,6 +114,28 @@ def write_whole(
             )
         ) from error
     return directory
+
+
+def publish_whole(directory: Path, write: Callable[[Path], None], *, n_bytes: int) -> None:
+    """Write into a directory beside its place, and move it there once everything is in it.
+
+    Args:
+        directory: Where; what is there is replaced.
+        write: Puts the files into the directory it is given.
+        n_bytes: How much that is, about.
+
+    Raises:
+        OSError: There is no room, or it could not be written; nothing has changed.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    if n_bytes > (n_free := shutil.disk_usage(directory.parent).free):
+        raise OSError(f"{n_bytes / 1e6:,.0f} MB to write, {n_free / 1e6:,.0f} MB free")
+    part = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-part-"))
+    try:
+        write(part)
+        _publish(part, directory)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)  # gone already if all went well
 
 
 def _check_target(directory: Path, verb: str, mark: str, noun: str, overwrite: bool) -> None:
