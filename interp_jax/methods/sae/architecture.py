@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from interp_jax.core.errors import InvalidInputError, four_part
 from interp_jax.methods.sae import parameters
+from interp_jax.methods.sae.dense import batch_sum
 from interp_jax.methods.sae.parameters import Params
 
 
@@ -69,6 +70,8 @@ class Architecture(abc.ABC):
     is_normalised: ClassVar[bool] = False
     # Whether latents and decoder rows may be rescaled against each other without a change of the reconstruction.
     can_fold_norms: ClassVar[bool] = True
+    # Name of the encoder's bias.
+    bias: ClassVar[str] = "b_enc"
 
     @property
     def reads_b_dec(self) -> bool:
@@ -112,6 +115,19 @@ class Architecture(abc.ABC):
         del n_latents
         return {}
 
+    def pre_activations(self, params: Params, x: jax.Array, dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array]:
+        """What the nonlinearity reads, `[batch, latent]`, and the same with a gradient to the encoder only.
+
+        Args:
+            params: The arrays.
+            x: `[batch, d_in]`.
+            dtype: What the product's factors are rounded to.
+
+        Returns:
+            Both.
+        """
+        return parameters.pre_activations(params, x, is_centred=self.reads_b_dec, bias=self.bias, dtype=dtype)
+
     @abc.abstractmethod
     def encode(self, params: Params, x: jax.Array) -> jax.Array:
         """The latents of activations.
@@ -138,18 +154,18 @@ class Architecture(abc.ABC):
             The parts.
         """
 
-    def observed(self, params: Params, training_pass: TrainPass, step: jax.Array) -> Params:
+    def observed(self, params: Params, latents: jax.Array | SparseLatents, step: jax.Array) -> Params:
         """The arrays with what is learned by counting rather than by gradients, after a batch.
 
         Args:
             params: The arrays.
-            training_pass: The batch.
+            latents: The batch's.
             step: How many batches came before.
 
         Returns:
             The arrays.
         """
-        del training_pass, step
+        del latents, step
         return params
 
     def in_units(self, factor: float) -> Architecture:
@@ -175,15 +191,9 @@ class Architecture(abc.ABC):
 def fired(latents: jax.Array | SparseLatents, n_latents: int) -> jax.Array:
     """How many rows of the batch each latent is above 0 in, `[latent]`."""
     if not isinstance(latents, SparseLatents):
-        return (latents > 0).sum(axis=0, dtype=jnp.int32)
+        return batch_sum(lambda rows: rows > 0, latents, dtype=jnp.int32)
     counts = jnp.zeros(n_latents, jnp.int32)
     return counts.at[latents.indices.reshape(-1)].add((latents.values > 0).reshape(-1).astype(jnp.int32))
-
-
-def mean_l0(latents: jax.Array | SparseLatents) -> jax.Array:
-    """The mean over rows of how many latents are above 0."""
-    values = latents.values if isinstance(latents, SparseLatents) else latents
-    return (values > 0).sum(axis=-1).mean(dtype=jnp.float32)
 
 
 def squared_error(y: jax.Array, reconstruction: jax.Array) -> jax.Array:

@@ -25,6 +25,7 @@ from jax import lax
 
 from interp_jax.methods.sae import parameters
 from interp_jax.methods.sae.architecture import Architecture, TrainPass
+from interp_jax.methods.sae.dense import relu
 from interp_jax.methods.sae.jump_relu import JumpReLU
 from interp_jax.methods.sae.parameters import Params
 from interp_jax.methods.sae.sparse import largest
@@ -33,9 +34,35 @@ from interp_jax.methods.sae.top_k import check_k
 THRESHOLD_DECAY = 0.999
 
 
+class BatchThreshold(Architecture):
+    """What variants share whose latents compete within a batch: after training, one threshold decides instead."""
+
+    is_centred: bool
+
+    is_normalised: ClassVar[bool] = True
+
+    def extra_params(self, n_latents: int) -> Params:
+        """The threshold after training, one for all `n_latents`."""
+        del n_latents
+        return {"threshold": jnp.zeros(())}
+
+    def encode(self, params: Params, x: jax.Array) -> jax.Array:
+        """The pre-activations of `x` under `params` that pass the threshold."""
+        pre, _ = self.pre_activations(params, x)
+        return jnp.where(pre > params["threshold"], jax.nn.relu(pre), 0.0)
+
+    def observed(self, params: Params, latents: Any, step: jax.Array) -> Params:
+        """The `params` with the threshold after the `latents` of the batch of number `step`."""
+        return params | {"threshold": mean_threshold(params["threshold"], latents, step)}
+
+    def scaled_biases(self, params: Params, factors: jax.Array) -> Params:
+        """The bias and threshold in `params`, times `factors`."""
+        return super().scaled_biases(params, factors) | {"threshold": params["threshold"] * factors}
+
+
 @final
 @dataclass(frozen=True)
-class BatchTopK(Architecture):
+class BatchTopK(BatchThreshold):
     """The largest latents of a batch, k for each row on average.
 
     Args:
@@ -47,45 +74,25 @@ class BatchTopK(Architecture):
     is_centred: bool = True
 
     name: ClassVar[str] = "batch_top_k"
-    is_normalised: ClassVar[bool] = True
 
     def check(self, n_latents: int) -> None:
         """Raise `InvalidInputError` if k is above `n_latents`."""
         check_k(self.k, n_latents, where=f"BatchTopK, with {n_latents} latents")
 
-    def extra_params(self, n_latents: int) -> Params:
-        """The threshold after training, one for all `n_latents`."""
-        del n_latents
-        return {"threshold": jnp.zeros(())}
-
-    def encode(self, params: Params, x: jax.Array) -> jax.Array:
-        """The pre-activations of `x` under `params` that pass the threshold."""
-        pre, _ = parameters.pre_activations(params, x, is_centred=self.is_centred)
-        return jnp.where(pre > params["threshold"], jax.nn.relu(pre), 0.0)
-
     def train_pass(self, params: Params, x: jax.Array, y: jax.Array, *, dtype: Any = jnp.float32) -> TrainPass:
         """One batch of `params` from `x` to `y`, with factors of `dtype`; the batch's largest latents."""
-        pre, for_dead = parameters.pre_activations(params, x, is_centred=self.is_centred, dtype=dtype)
+        pre, for_dead = self.pre_activations(params, x, dtype)
         latents = batch_top_k(pre, self.k)
         reconstruction = parameters.decode(params, latents, x, dtype=dtype)
         return TrainPass(for_dead, latents, reconstruction, penalty=jnp.zeros(()), auxiliary=jnp.zeros(()))
 
-    def observed(self, params: Params, training_pass: TrainPass, step: jax.Array) -> Params:
-        """The `params` with the threshold after the `training_pass` of number `step`."""
-        return params | {"threshold": mean_threshold(params["threshold"], training_pass.latents, step)}
-
-    def scaled_biases(self, params: Params, factors: jax.Array) -> Params:
-        """The bias and threshold in `params`, times `factors`."""
-        return super().scaled_biases(params, factors) | {"threshold": params["threshold"] * factors}
-
 
 def batch_top_k(pre: jax.Array, k: int) -> jax.Array:
     """`ReLU(pre)` where it is among the `batch * k` largest of the batch, else 0."""
-    latents = jax.nn.relu(pre)
-    (n_batch, n_latents), seen = latents.shape, lax.stop_gradient(latents)
+    (n_batch, n_latents), seen = pre.shape, lax.stop_gradient(pre)
 
     def smallest_kept(values: jax.Array) -> jax.Array:
-        return jnp.min(largest(values.reshape(1, -1), n_batch * k)[0])
+        return jnp.maximum(jnp.min(largest(values.reshape(1, -1), n_batch * k)[0]), 0.0)
 
     # Few rows keep more than a multiple of the mean: looking at the largest of each row is enough, unless it is not.
     n_candidates = min(4 * k, n_latents)
@@ -94,7 +101,7 @@ def batch_top_k(pre: jax.Array, k: int) -> jax.Array:
     if n_candidates < n_latents:
         is_enough = jnp.all(candidates[:, -1] <= smallest)
         smallest = lax.cond(is_enough, lambda: smallest, lambda: smallest_kept(seen))
-    return jnp.where(latents >= smallest, latents, 0.0)
+    return relu(pre, smallest)
 
 
 def mean_threshold(threshold: jax.Array, latents: Any, step: jax.Array) -> jax.Array:
@@ -115,11 +122,11 @@ def mean_threshold(threshold: jax.Array, latents: Any, step: jax.Array) -> jax.A
     return threshold + weight * (smallest - threshold)
 
 
-def as_jump_relu(architecture: Any, params: Params) -> tuple[JumpReLU, Params]:
+def as_jump_relu(architecture: BatchThreshold, params: Params) -> tuple[JumpReLU, Params]:
     """The same function of one row as a JumpReLU SAE.
 
     Args:
-        architecture: A `BatchTopK` or `Matryoshka`.
+        architecture: The variant.
         params: Its arrays.
 
     Returns:

@@ -9,7 +9,7 @@ lets the dead ones predict it. Its gradient reaches nothing but the dead latents
 >>> e, dead = jnp.array([[2.0, 0.0]]), jnp.array([True])
 >>> direction = jnp.array([[jnp.cos(jnp.radians(50.0)), jnp.sin(jnp.radians(50.0))]])
 >>> def ghost(pre):
-...     return GhostGrads("dead_only_rescaled")(pre, direction, e, dead, jnp.zeros(()), jnp.float32)
+...     return GhostGrads("dead_only_rescaled")(pre, direction, e, dead, dead.mean(), jnp.float32)
 >>> round(float(jax.grad(ghost)(jnp.zeros((1, 1)))[0, 0]), 4)
 -0.5712
 
@@ -21,7 +21,9 @@ Source: Jermyn & Templeton, Anthropic's January 2024 update (ghost gradients); G
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
+from typing import final
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +31,48 @@ from jax import lax
 
 from interp_jax.core.errors import InvalidInputError, UnknownNameError, four_part
 from interp_jax.methods.sae import parameters
+from interp_jax.methods.sae.architecture import squared_error
 from interp_jax.methods.sae.sparse import largest, sparse_matmul
 
 KINDS = ("original", "rescaled", "dead_only_rescaled")
 
 
+class DeadTerm(abc.ABC):
+    """The contract of a term; every subclass is final."""
+
+    def dead(self, is_dead: jax.Array, step: jax.Array) -> jax.Array:
+        """Which latents the term is about, `[latent]`: those of `is_dead`, whatever the `step`."""
+        del step
+        return is_dead
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        pre: jax.Array,
+        W_dec: jax.Array,
+        residual: jax.Array,
+        dead: jax.Array,
+        share: jax.Array,
+        dtype: jnp.dtype | type,
+    ) -> jax.Array:
+        """The term, a mean over the batch, from all latents or from some with the dead among them.
+
+        Args:
+            pre: Pre-activations, `[batch, latent]`.
+            W_dec: The decoder, `[latent, d_out]`.
+            residual: `[batch, d_out]`.
+            dead: Which of these latents, `[latent]`.
+            share: Which share of all latents is dead.
+            dtype: What the product's factors are rounded to.
+
+        Returns:
+            A scalar; 0 where nothing is dead.
+        """
+
+
+@final
 @dataclass(frozen=True)
-class GhostGrads:
+class GhostGrads(DeadTerm):
     """Ghost gradients.
 
     Args:
@@ -67,24 +104,11 @@ class GhostGrads:
         W_dec: jax.Array,
         residual: jax.Array,
         dead: jax.Array,
-        step: jax.Array,
+        share: jax.Array,
         dtype: jnp.dtype | type,
     ) -> jax.Array:
-        """The term, a mean over the batch.
-
-        Args:
-            pre: Pre-activations, `[batch, latent]`.
-            W_dec: The decoder, `[latent, d_out]`.
-            residual: `[batch, d_out]`.
-            dead: Which latents, `[latent]`.
-            step: Number of the step.
-            dtype: What the product's factors are rounded to.
-
-        Returns:
-            A scalar; 0 where nothing is dead.
-        """
-        del step
-        residual, share = lax.stop_gradient(residual), dead.mean(dtype=jnp.float32)
+        """The term for `pre`, `W_dec`, `residual`, `dead` and its `share`, with factors of `dtype`."""
+        residual = lax.stop_gradient(residual)
         exponents = jnp.where(dead[None], jnp.minimum(pre, 0.0) if self.is_capped else pre, -jnp.inf)
         # The scale below cancels any factor of a row, so the exponential cannot overflow, nor all of it underflow.
         largest = lax.stop_gradient(exponents.max(axis=-1, keepdims=True))
@@ -99,8 +123,9 @@ class GhostGrads:
         return factor * errors.mean()
 
 
+@final
 @dataclass(frozen=True)
-class AuxK:
+class AuxK(DeadTerm):
     """The residual's error when the largest of the dead latents predict it.
 
     Args:
@@ -117,45 +142,25 @@ class AuxK:
                 four_part(f"k = {self.k} was given", where="AuxK", expected="at least 1.", fix="leave k out.")
             )
 
-    def dead(self, is_dead: jax.Array, step: jax.Array) -> jax.Array:
-        """Which latents the term is about, `[latent]`: those of `is_dead`, whatever the `step`."""
-        del step
-        return is_dead
-
     def __call__(
         self,
         pre: jax.Array,
         W_dec: jax.Array,
         residual: jax.Array,
         dead: jax.Array,
-        step: jax.Array,
+        share: jax.Array,
         dtype: jnp.dtype | type,
     ) -> jax.Array:
-        """The term, a mean over the batch in units of the residual's variance.
-
-        Args:
-            pre: Pre-activations, `[batch, latent]`.
-            W_dec: The decoder, `[latent, d_out]`.
-            residual: `[batch, d_out]`.
-            dead: Which latents, `[latent]`.
-            step: Number of the step.
-            dtype: Not used: few rows are touched.
-
-        Returns:
-            A scalar; 0 where nothing is dead.
-        """
-        del step, dtype
+        """The term for `pre`, `W_dec`, `residual` and `dead`, by its variance; `share` and `dtype` are not used."""
+        del share, dtype  # Few rows are touched.
         residual, d_out = lax.stop_gradient(residual), W_dec.shape[1]
         k = min(self.k or max(d_out // 2, 1), len(dead))
         _, indices = largest(jnp.where(dead[None], pre, -jnp.inf), k)
         values = jnp.where(dead[indices], jnp.take_along_axis(pre, indices, axis=1), 0.0)
         # Fewer may be dead than k: the rest count for nothing.
         written = sparse_matmul(jax.nn.relu(values), indices, W_dec)
-        error = jnp.square(residual - written).sum(axis=-1).mean()
-        variance = jnp.square(residual - residual.mean(axis=0, keepdims=True)).sum(axis=-1).mean()
+        error = squared_error(residual, written)
+        variance = squared_error(residual, residual.mean(axis=0, keepdims=True))
         return jnp.where(
             dead.any() & (variance > 0), self.coefficient * error / jnp.where(variance > 0, variance, 1.0), 0.0
         )
-
-
-DeadTerm = GhostGrads | AuxK

@@ -25,6 +25,7 @@ from jax import lax
 
 from interp_jax.methods.sae import parameters
 from interp_jax.methods.sae.architecture import Architecture, TrainPass, squared_error
+from interp_jax.methods.sae.dense import batch_sum, column_sum, plus_row, relu
 from interp_jax.methods.sae.parameters import Params
 
 
@@ -40,6 +41,7 @@ class Gated(Architecture):
     is_centred: bool = True
 
     name: ClassVar[str] = "gated"
+    bias: ClassVar[str] = "b_gate"
 
     def init(self, key: jax.Array, *, d_in: int, n_latents: int, d_out: int | None = None, **options: Any) -> Params:
         """The arrays for a `key`, `d_in`, `n_latents` and `d_out`, with the `options` of `init_params`; no `b_enc`."""
@@ -52,17 +54,18 @@ class Gated(Architecture):
 
     def encode(self, params: Params, x: jax.Array) -> jax.Array:
         """The magnitudes of `x` under `params` where the gate is open."""
-        return self._latents(
-            params, parameters.pre_activations(params, x, is_centred=self.is_centred, bias="b_gate")[0]
-        )
+        linear, _ = parameters.pre_activations(params, x, is_centred=self.is_centred, bias=None)
+        return _latents(linear, linear + params["b_gate"][None], params["r_mag"], params["b_mag"])
 
     def train_pass(self, params: Params, x: jax.Array, y: jax.Array, *, dtype: Any = jnp.float32) -> TrainPass:
         """One batch of `params` from `x` to `y`, with factors of `dtype`; the penalty is L1 of the gate."""
-        gate, for_dead = parameters.pre_activations(params, x, is_centred=self.is_centred, bias="b_gate", dtype=dtype)
-        latents, opened = self._latents(params, gate), jax.nn.relu(gate)
+        linear, for_dead = parameters.pre_activations(params, x, is_centred=self.is_centred, bias=None, dtype=dtype)
+        gate = plus_row(linear, params["b_gate"])
+        latents = gated(linear, lax.stop_gradient(gate), params["r_mag"], params["b_mag"])
+        opened = relu(gate)
         by_gate = parameters.decode(lax.stop_gradient(params), opened, x, dtype=dtype)
         return TrainPass(
-            pre_activations=for_dead,
+            pre_activations=plus_row(for_dead, params["b_gate"]),
             latents=latents,
             reconstruction=parameters.decode(params, latents, x, dtype=dtype),
             penalty=opened.sum(axis=-1).mean(),
@@ -73,7 +76,37 @@ class Gated(Architecture):
         """The biases in `params` of gate and magnitude, times `factors`."""
         return {name: params[name] * factors for name in ("b_gate", "b_mag")}
 
-    def _latents(self, params: Params, gate: jax.Array) -> jax.Array:
-        r_mag, b_gate, b_mag = (params[name][None] for name in ("r_mag", "b_gate", "b_mag"))
-        magnitude = jnp.exp(r_mag) * (gate - b_gate) + b_mag
-        return jnp.where(gate > 0, jax.nn.relu(magnitude), 0.0)
+
+@jax.custom_vjp
+def gated(linear: jax.Array, gate: jax.Array, r_mag: jax.Array, b_mag: jax.Array) -> jax.Array:
+    """The magnitudes `exp(r_mag) linear + b_mag`, at least 0, where the gate is open.
+
+    Args:
+        linear: What gate and magnitude share, `[batch, latent]`.
+        gate: It is open where this is above 0, which has no gradient, `[batch, latent]`.
+        r_mag: `[latent]`.
+        b_mag: `[latent]`.
+
+    Returns:
+        The latents.
+    """
+    return _latents(linear, gate, r_mag, b_mag)
+
+
+def _latents(linear: jax.Array, gate: jax.Array, r_mag: jax.Array, b_mag: jax.Array) -> jax.Array:
+    return jnp.where(gate > 0, jax.nn.relu(jnp.exp(r_mag)[None] * linear + b_mag[None]), 0.0)
+
+
+def _forward(linear: Any, gate: Any, r_mag: Any, b_mag: Any) -> tuple[jax.Array, Any]:
+    latents = lax.optimization_barrier(_latents(linear, gate, r_mag, b_mag))
+    return latents, (latents, linear, jnp.exp(r_mag))
+
+
+def _backward(saved: Any, cotangent: jax.Array) -> tuple[jax.Array | None, ...]:
+    latents, linear, scale = saved
+    to_magnitude = jnp.where(latents > 0, cotangent, 0.0)
+    to_r_mag = scale * batch_sum(jnp.multiply, to_magnitude, linear)
+    return scale[None] * to_magnitude, None, to_r_mag, column_sum(to_magnitude)
+
+
+gated.defvjp(_forward, _backward)

@@ -25,10 +25,12 @@ from typing import Any, ClassVar, final
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from interp_jax.core.errors import InvalidInputError, UnknownNameError, four_part
 from interp_jax.methods.sae import parameters
 from interp_jax.methods.sae.architecture import Architecture, TrainPass
+from interp_jax.methods.sae.dense import batch_sum
 from interp_jax.methods.sae.parameters import Params
 
 PENALTIES = ("l0", "tanh", "target_l0")
@@ -86,12 +88,14 @@ class JumpReLU(Architecture):
 
     def encode(self, params: Params, x: jax.Array) -> jax.Array:
         """The pre-activations of `x` under `params` that pass their thresholds."""
-        pre = parameters.pre_activations(params, x, is_centred=self.is_centred)[0]
+        pre = self.pre_activations(params, x)[0]
         return jnp.where(pre > thresholds(params)[None], pre, 0.0)
 
     def train_pass(self, params: Params, x: jax.Array, y: jax.Array, *, dtype: Any = jnp.float32) -> TrainPass:
         """One batch of `params` from `x` to `y`, with factors of `dtype`; the penalty counts latents."""
-        pre, for_dead = parameters.pre_activations(params, x, is_centred=self.is_centred, dtype=dtype)
+        pre, for_dead = self.pre_activations(params, x, dtype)
+        # Read several times: without the barrier XLA keeps it with and without its bias.
+        pre = lax.optimization_barrier(pre)
         threshold = thresholds(params)
         latents = jump_relu(pre, threshold, self.bandwidth)
         return TrainPass(
@@ -107,7 +111,7 @@ class JumpReLU(Architecture):
             norms = jnp.linalg.norm(params["W_dec"], axis=-1)[None]
             return jnp.tanh(self.tanh_scale * latents * norms).sum(axis=-1).mean()
         # Of the pre-activations: latents are 0 below the threshold, where half of the kernel lies.
-        l0 = step(pre, threshold, self.bandwidth).sum(axis=-1).mean()
+        l0 = mean_l0(pre, threshold, self.bandwidth)
         return l0 if self.penalty == "l0" else jnp.square(l0 / self.target_l0 - 1)
 
     def scaled_biases(self, params: Params, factors: jax.Array) -> Params:
@@ -122,8 +126,8 @@ def thresholds(params: Params) -> jax.Array:
 
 
 @jax.custom_vjp
-def step(pre: jax.Array, threshold: jax.Array, bandwidth: float) -> jax.Array:
-    """`1[pre > threshold]`, whose gradient to the threshold is `-kernel / bandwidth` and to `pre` none.
+def mean_l0(pre: jax.Array, threshold: jax.Array, bandwidth: float) -> jax.Array:
+    """The mean over rows of how many `pre > threshold`, each with the gradient `-kernel / bandwidth` to its threshold.
 
     Args:
         pre: `[batch, latent]`.
@@ -131,10 +135,11 @@ def step(pre: jax.Array, threshold: jax.Array, bandwidth: float) -> jax.Array:
         bandwidth: Width of the kernel, which is 1 where `|pre - threshold| < bandwidth / 2`.
 
     Returns:
-        Zeros and ones.
+        The mean, a scalar, which has no gradient to `pre`.
     """
     del bandwidth
-    return (pre > threshold[None]).astype(pre.dtype)
+    counts = batch_sum(lambda rows: rows > threshold[None], pre, dtype=jnp.int32)
+    return counts.sum().astype(jnp.float32) / len(pre)
 
 
 @jax.custom_vjp
@@ -157,12 +162,13 @@ def _kernel(pre: jax.Array, threshold: jax.Array, bandwidth: float) -> jax.Array
     return jnp.where(jnp.abs(pre - threshold[None]) < bandwidth / 2, 1 / bandwidth, 0.0)
 
 
-def _step_forward(pre: jax.Array, threshold: jax.Array, bandwidth: float) -> tuple[jax.Array, Any]:
-    return step(pre, threshold, bandwidth), (pre, threshold, bandwidth)
+def _l0_forward(pre: jax.Array, threshold: jax.Array, bandwidth: float) -> tuple[jax.Array, Any]:
+    kernels = batch_sum(lambda rows: _kernel(rows, threshold, bandwidth), pre)
+    return mean_l0(pre, threshold, bandwidth), kernels / len(pre)
 
 
-def _step_backward(saved: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    return jnp.zeros_like(cotangent), -(cotangent * _kernel(*saved)).sum(axis=0), None
+def _l0_backward(kernels: Any, cotangent: jax.Array) -> tuple[None, jax.Array, None]:
+    return None, -cotangent * kernels, None
 
 
 def _jump_forward(pre: jax.Array, threshold: jax.Array, bandwidth: float) -> tuple[jax.Array, Any]:
@@ -170,10 +176,11 @@ def _jump_forward(pre: jax.Array, threshold: jax.Array, bandwidth: float) -> tup
 
 
 def _jump_backward(saved: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    pre, threshold, _ = saved
-    to_threshold = -threshold * (cotangent * _kernel(*saved)).sum(axis=0)
+    pre, threshold, bandwidth = saved
+    kernels = batch_sum(lambda rows, pre: rows * _kernel(pre, threshold, bandwidth), cotangent, pre)
+    to_threshold = -threshold * kernels
     return jnp.where(pre > threshold[None], cotangent, 0.0), to_threshold, None
 
 
-step.defvjp(_step_forward, _step_backward)
+mean_l0.defvjp(_l0_forward, _l0_backward)
 jump_relu.defvjp(_jump_forward, _jump_backward)

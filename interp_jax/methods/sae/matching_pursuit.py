@@ -64,6 +64,11 @@ class MatchingPursuit(Architecture):
         params = super().init(key, d_in=d_in, n_latents=n_latents, d_out=d_out, is_tied=True, **options)
         return {name: value for name, value in params.items() if name != "b_enc"}
 
+    def pre_activations(self, params: Params, x: jax.Array, dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array]:
+        """The products of `x` with the atoms of `params`, with factors of `dtype`; both alike."""
+        products = parameters.matmul(x - lax.stop_gradient(params["b_dec"])[None], params["W_dec"].T, dtype)
+        return products, products
+
     def encode(self, params: Params, x: jax.Array) -> jax.Array:
         """The coefficients of k steps of pursuit of `x` under `params`."""
         return self._pursue(params, x - params["b_dec"][None], jnp.float32)[0]
@@ -71,9 +76,8 @@ class MatchingPursuit(Architecture):
     def train_pass(self, params: Params, x: jax.Array, y: jax.Array, *, dtype: Any = jnp.float32) -> TrainPass:
         """One batch of `params` from `x` to `y`, with factors of `dtype`; `y` must be `x`."""
         latents, residual = self._pursue(params, x - params["b_dec"][None], dtype)
-        frozen = lax.stop_gradient(params["b_dec"])[None]
         return TrainPass(
-            pre_activations=parameters.matmul(x - frozen, params["W_dec"].T, dtype),
+            pre_activations=self.pre_activations(params, x, dtype)[1],
             latents=latents,
             reconstruction=x - residual,
             penalty=jnp.zeros(()),

@@ -20,15 +20,15 @@ import jax.numpy as jnp
 
 from interp_jax.core.errors import InvalidInputError, four_part
 from interp_jax.methods.sae import parameters
-from interp_jax.methods.sae.architecture import Architecture, TrainPass, squared_error
-from interp_jax.methods.sae.batch_top_k import batch_top_k, mean_threshold
+from interp_jax.methods.sae.architecture import TrainPass, squared_error
+from interp_jax.methods.sae.batch_top_k import BatchThreshold, batch_top_k
 from interp_jax.methods.sae.parameters import Params
 from interp_jax.methods.sae.top_k import check_k
 
 
 @final
 @dataclass(frozen=True)
-class Matryoshka(Architecture):
+class Matryoshka(BatchThreshold):
     """Nested groups of BatchTopK latents.
 
     Args:
@@ -42,7 +42,6 @@ class Matryoshka(Architecture):
     is_centred: bool = True
 
     name: ClassVar[str] = "matryoshka"
-    is_normalised: ClassVar[bool] = True
 
     def check(self, n_latents: int) -> None:
         """Raise `InvalidInputError` if k or the groups do not go with `n_latents`."""
@@ -57,19 +56,9 @@ class Matryoshka(Architecture):
                 )
             )
 
-    def extra_params(self, n_latents: int) -> Params:
-        """The threshold after training, one for all `n_latents`."""
-        del n_latents
-        return {"threshold": jnp.zeros(())}
-
-    def encode(self, params: Params, x: jax.Array) -> jax.Array:
-        """The pre-activations of `x` under `params` that pass the threshold."""
-        pre, _ = parameters.pre_activations(params, x, is_centred=self.is_centred)
-        return jnp.where(pre > params["threshold"], jax.nn.relu(pre), 0.0)
-
     def train_pass(self, params: Params, x: jax.Array, y: jax.Array, *, dtype: Any = jnp.float32) -> TrainPass:
         """One batch of `params` from `x` to `y`, with factors of `dtype`; every prefix of groups reconstructs."""
-        pre, for_dead = parameters.pre_activations(params, x, is_centred=self.is_centred, dtype=dtype)
+        pre, for_dead = self.pre_activations(params, x, dtype)
         latents = batch_top_k(pre, self.k)
         reconstruction, start, errors = parameters.offset(params, x, dtype=dtype), 0, []
         for size in self.groups:
@@ -80,11 +69,3 @@ class Matryoshka(Architecture):
         # The whole reconstruction's error is the loss's own term: what is added makes it the mean over prefixes.
         auxiliary = jnp.stack(errors).mean() - errors[-1]
         return TrainPass(for_dead, latents, reconstruction, penalty=jnp.zeros(()), auxiliary=auxiliary)
-
-    def observed(self, params: Params, training_pass: TrainPass, step: jax.Array) -> Params:
-        """The `params` with the threshold after the `training_pass` of number `step`."""
-        return params | {"threshold": mean_threshold(params["threshold"], training_pass.latents, step)}
-
-    def scaled_biases(self, params: Params, factors: jax.Array) -> Params:
-        """The bias and threshold in `params`, times `factors`."""
-        return super().scaled_biases(params, factors) | {"threshold": params["threshold"] * factors}

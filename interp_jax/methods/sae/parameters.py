@@ -24,6 +24,7 @@ import numpy as np
 from jax import lax
 
 from interp_jax.core.errors import InvalidInputError, four_part
+from interp_jax.methods.sae.dense import plus_row
 
 Params = dict[str, jax.Array]
 
@@ -92,7 +93,7 @@ def matmul(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
 
 
 def pre_activations(
-    params: Params, x: jax.Array, *, is_centred: bool, bias: str = "b_enc", dtype: Any = jnp.float32
+    params: Params, x: jax.Array, *, is_centred: bool, bias: str | None = "b_enc", dtype: Any = jnp.float32
 ) -> tuple[jax.Array, jax.Array]:
     """What the latents' nonlinearity reads, `(x - b_dec) W_enc + b_enc`, twice.
 
@@ -103,20 +104,24 @@ def pre_activations(
         params: The arrays.
         x: Activations, `[batch, d_in]`.
         is_centred: Whether `b_dec` is subtracted first.
-        bias: Name of the bias that is added.
+        bias: Name of the bias that is added; None for none.
         dtype: What the product's factors are rounded to.
 
     Returns:
         The pre-activations `[batch, latent]`, and the same for dead latents.
     """
+
+    def with_bias(linear: jax.Array) -> jax.Array:
+        return linear if bias is None else plus_row(linear, params[bias])
+
     W_enc = encoder_weights(params)
     if not is_centred:
-        linear = matmul(x, W_enc, dtype) + params[bias][None]
+        linear = with_bias(matmul(x, W_enc, dtype))
         return linear, linear
     b_dec = lax.stop_gradient(params["b_dec"])
-    linear = matmul(x - b_dec[None], W_enc, dtype) + params[bias][None]
+    linear = with_bias(matmul(x - b_dec[None], W_enc, dtype))
     # Zero, with the gradient of -b_dec W_enc: one row instead of a product over the batch.
-    return linear - (params["b_dec"] - b_dec)[None] @ W_enc, linear
+    return plus_row(linear, -((params["b_dec"] - b_dec)[None] @ W_enc)[0]), linear
 
 
 def decode(params: Params, latents: jax.Array, x: jax.Array | None = None, *, dtype: Any = jnp.float32) -> jax.Array:
@@ -151,6 +156,17 @@ def offset(params: Params, x: jax.Array | None, *, dtype: Any = jnp.float32) -> 
             )
         )
     return params["b_dec"][None] + matmul(x, params["W_skip"], dtype)
+
+
+def of_latents(params: Params, indices: jax.Array) -> Params:
+    """The arrays of `params` with the latents at `indices` alone."""
+
+    def picked(name: str, value: jax.Array) -> jax.Array:
+        if name in ("b_dec", "W_skip") or value.ndim == 0:  # These belong to no latent.
+            return value
+        return value[:, indices] if name == "W_enc" else value[indices]
+
+    return {name: picked(name, value) for name, value in params.items()}
 
 
 def geometric_median(points: Any, *, n_steps: int = 100, tolerance: float = 1e-6) -> np.ndarray:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from interp_jax.methods.sae import parameters
 from interp_jax.methods.sae.architecture import Architecture, TrainPass
+from interp_jax.methods.sae.dense import relu
 from interp_jax.methods.sae.parameters import Params
 
 
@@ -48,12 +49,12 @@ class ReLU(Architecture):
 
     def encode(self, params: Params, x: jax.Array) -> jax.Array:
         """`ReLU((x - b_dec) W_enc + b_enc)` with the arrays of `params`."""
-        return jax.nn.relu(parameters.pre_activations(params, x, is_centred=self.is_centred)[0])
+        return relu(self.pre_activations(params, x)[0])
 
     def train_pass(self, params: Params, x: jax.Array, y: jax.Array, *, dtype: Any = jnp.float32) -> TrainPass:
         """One batch of `params` from `x` to `y`, with factors of `dtype`; the penalty is L1."""
-        pre, for_dead = parameters.pre_activations(params, x, is_centred=self.is_centred, dtype=dtype)
-        latents = jax.nn.relu(pre)
+        pre, for_dead = self.pre_activations(params, x, dtype)
+        latents = relu(pre)
         weighted = latents * jnp.linalg.norm(params["W_dec"], axis=-1)[None] if self.is_norm_weighted else latents
         return TrainPass(
             pre_activations=for_dead,

@@ -51,12 +51,12 @@ class TopK(Architecture):
 
     def encode(self, params: Params, x: jax.Array) -> jax.Array:
         """The k largest pre-activations of `x` under `params`."""
-        pre, _ = parameters.pre_activations(params, x, is_centred=self.is_centred)
+        pre, _ = self.pre_activations(params, x)
         return densify(top_k_latents(*self._encoder(params, x), pre, self.k), pre.shape[-1])
 
     def train_pass(self, params: Params, x: jax.Array, y: jax.Array, *, dtype: Any = jnp.float32) -> TrainPass:
         """One batch of `params` from `x` to `y`, with factors of `dtype`; only chosen rows are touched."""
-        pre, for_dead = parameters.pre_activations(params, x, is_centred=self.is_centred, dtype=dtype)
+        pre, for_dead = self.pre_activations(params, x, dtype)
         sparse = top_k_latents(*self._encoder(params, x), pre, self.k)
         reconstruction = sparse_matmul(*sparse, params["W_dec"]) + parameters.offset(params, x, dtype=dtype)
         return TrainPass(for_dead, sparse, reconstruction, penalty=jnp.zeros(()), auxiliary=jnp.zeros(()))

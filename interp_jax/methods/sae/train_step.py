@@ -21,6 +21,7 @@ Source: Bricken et al. 2023 for beta1 = 0 and the decoder's norm; Gao et al. 202
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -30,12 +31,15 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from interp_jax.methods.sae.architecture import Architecture, TrainPass, fired, mean_l0, squared_error
+from interp_jax.methods.sae import parameters
+from interp_jax.methods.sae.architecture import Architecture, SparseLatents, TrainPass, fired, squared_error
 from interp_jax.methods.sae.dead_latents import DeadTerm
 from interp_jax.methods.sae.decoder_norm import constrained, tangent
 from interp_jax.methods.sae.parameters import Params
 
 TOKENS_MAX = 2**31 - 1
+# Up to this share of dead latents, the term about them is computed from them alone.
+SHARE_OF_FEW = 0.25
 
 
 @dataclass(frozen=True)
@@ -195,16 +199,17 @@ def steps(
 def _step(
     rule: StepRule, state: TrainState, x: jax.Array, y: jax.Array | None, coefficient: jax.Array
 ) -> tuple[TrainState, StepInfo]:
-    y = x if y is None else y
-    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    is_autoencoder, x = y is None, x.astype(jnp.float32)
+    y = x if y is None else y.astype(jnp.float32)
     coefficient = coefficient * _ramp(state.n_steps, rule.n_coefficient_warm_up_steps)
     is_dead = state.n_since_fired >= rule.dead_after_tokens
-    variance = jnp.square(y - y.mean(axis=0, keepdims=True)).sum(axis=-1).mean()
+    variance = squared_error(y, y.mean(axis=0, keepdims=True))
 
-    (loss, (training_pass, error, dead_loss)), gradients = jax.value_and_grad(_loss, argnums=1, has_aux=True)(
+    (loss, (latents, penalty, error, dead_loss)), gradients = _with_gradients(
         rule, state.params, x, y, coefficient, is_dead, state.n_steps, variance
     )
-    n_bad = (~jnp.isfinite(x)).sum(dtype=jnp.int32) + ((~jnp.isfinite(y)).sum(dtype=jnp.int32) if y is not x else 0)
+    read = (x,) if is_autoencoder else (x, y)
+    n_bad = sum(((~jnp.isfinite(values)).sum(dtype=jnp.int32) for values in read), jnp.zeros((), jnp.int32))
     is_finite = jnp.stack([jnp.isfinite(value).all() for value in (loss, *gradients.values())]).all()
 
     gradients["W_dec"] = tangent(gradients["W_dec"], state.params["W_dec"], rule.decoder_norm)
@@ -213,9 +218,9 @@ def _step(
         updates, optimizer = rule.optimizer().update(gradients, state.optimizer, state.params)
     params = dict(cast(Params, optax.apply_updates(state.params, updates)))
     params["W_dec"] = constrained(params["W_dec"], rule.decoder_norm)
-    params = rule.architecture.observed(params, training_pass, state.n_steps - state.n_refused)
+    params = rule.architecture.observed(params, latents, state.n_steps - state.n_refused)
 
-    hits, n_tokens = fired(training_pass.latents, len(is_dead)), x.shape[0]
+    hits, n_tokens = fired(latents, len(is_dead)), x.shape[0]
     quiet = jnp.where(state.n_since_fired > TOKENS_MAX - n_tokens, TOKENS_MAX, state.n_since_fired + n_tokens)
     applied = TrainState(
         params=params,
@@ -232,9 +237,9 @@ def _step(
         loss=loss,
         error=error,
         fvu=error / variance,
-        penalty=training_pass.penalty,
+        penalty=penalty,
         dead_loss=dead_loss,
-        l0=mean_l0(training_pass.latents),
+        l0=hits.sum().astype(jnp.float32) / n_tokens,
         n_dead=is_dead.sum(dtype=jnp.int32),
         is_finite=is_finite,
         n_bad=n_bad,
@@ -242,7 +247,11 @@ def _step(
     return state, info
 
 
-def _loss(
+# A loss, with a batch's latents, penalty, squared error and term about dead latents.
+_Losses = tuple[jax.Array, tuple[jax.Array | SparseLatents, jax.Array, jax.Array, jax.Array]]
+
+
+def _with_gradients(
     rule: StepRule,
     params: Params,
     x: jax.Array,
@@ -251,25 +260,42 @@ def _loss(
     is_dead: jax.Array,
     n_steps: jax.Array,
     variance: jax.Array,
-) -> tuple[jax.Array, tuple[TrainPass, jax.Array, jax.Array]]:
+) -> tuple[_Losses, Params]:
     dtype = jnp.dtype(rule.dtype)
-    training_pass = rule.architecture.train_pass(params, x, y, dtype=dtype)
-    error = squared_error(y, training_pass.reconstruction)
-    unit = jnp.where(variance > 0, variance, 1.0) if rule.architecture.is_normalised else jnp.ones(())
-    loss = (error + training_pass.auxiliary) / unit + coefficient * training_pass.penalty
 
-    dead_loss = jnp.zeros(())
-    if (term := rule.dead_term) is not None:
-        dead = term.dead(is_dead, n_steps)
+    def run(of_dead: Callable[[Params, TrainPass, jax.Array], jax.Array] | None, params: Params) -> Any:
+        def losses(params: Params) -> _Losses:
+            training_pass = rule.architecture.train_pass(params, x, y, dtype=dtype)
+            error = squared_error(y, training_pass.reconstruction)
+            unit = jnp.where(variance > 0, variance, 1.0) if rule.architecture.is_normalised else jnp.ones(())
+            loss = (error + training_pass.auxiliary) / unit + coefficient * training_pass.penalty
+            dead_loss = jnp.zeros(())
+            if of_dead is not None:
+                dead_loss = of_dead(params, training_pass, y - training_pass.reconstruction)
+            return loss + dead_loss, (training_pass.latents, training_pass.penalty, error, dead_loss)
 
-        def dead_latents_term(pre: jax.Array, W_dec: jax.Array) -> jax.Array:
-            return term(pre, W_dec, y - training_pass.reconstruction, dead, n_steps, dtype)
+        return jax.value_and_grad(losses, has_aux=True)(params)
 
-        # As long as nothing is dead the term costs nothing.
-        dead_loss = lax.cond(
-            dead.any(), dead_latents_term, lambda *_: jnp.zeros(()), training_pass.pre_activations, params["W_dec"]
-        )
-    return loss + dead_loss, (training_pass, error, dead_loss)
+    if (term := rule.dead_term) is None:
+        return run(None, params)
+    dead = term.dead(is_dead, n_steps)
+    n_dead, n_few = dead.sum(dtype=jnp.int32), max(1, int(len(dead) * SHARE_OF_FEW))
+    share = n_dead.astype(jnp.float32) / len(dead)
+
+    def of_few(params: Params, training_pass: TrainPass, residual: jax.Array) -> jax.Array:
+        del training_pass
+        # What they read is computed again, or the gradient to it would be as large as that to all latents.
+        own = parameters.of_latents(params, jnp.nonzero(dead, size=n_few, fill_value=0)[0])
+        _, pre = rule.architecture.pre_activations(own, x, dtype)
+        return term(pre, own["W_dec"], residual, jnp.arange(n_few) < n_dead, share, dtype)
+
+    def of_all(params: Params, training_pass: TrainPass, residual: jax.Array) -> jax.Array:
+        return term(training_pass.pre_activations, params["W_dec"], residual, dead, share, dtype)
+
+    # A step each, and not one with branches in its loss: a branch that does nothing would still have a gradient to all
+    # latents, of zeros.
+    level = (n_dead > 0).astype(jnp.int32) + (n_dead > n_few).astype(jnp.int32)
+    return lax.switch(level, [partial(run, None), partial(run, of_few), partial(run, of_all)], params)
 
 
 def _ramp(n_steps: jax.Array, length: int) -> jax.Array:

@@ -26,6 +26,7 @@ Source: interp_jax; Bricken et al. 2023 and the sources of each variant for the 
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -123,13 +124,18 @@ def _advance(
             started = time.perf_counter()
             infos = run.step()
             bar.update()
-            if run.n_steps % log_every == 0 or run.n_steps == n_steps:
+            is_last = run.n_steps == n_steps
+            is_logged = is_last or run.n_steps % log_every == 0
+            is_saved = checkpoints is not None and (is_last or run.n_steps % save_every == 0)
+            if is_logged or is_saved:
+                run.check_refused()
+            if is_logged:
                 entry = _entry(run, infos, time.perf_counter() - started)
                 bar.set_postfix(fvu=f"{np.mean(entry['fvu']):.3f}", l0=f"{np.mean(entry['l0']):.1f}")
                 entries.append(entry)
                 if log is not None:
                     log.write(entry)
-            if checkpoints is not None and (run.n_steps % save_every == 0 or run.n_steps == n_steps):
+            if checkpoints is not None and is_saved:
                 checkpoints.save(run.n_steps, run.tree())
     return entries
 
@@ -143,6 +149,7 @@ class _Run:
         self._coefficients = jnp.asarray(config.coefficients, jnp.float32)
         self._scalings: dict[str, Normalization] = {}
         self._states: list[TrainState] = []
+        self._infos: list[StepInfo] = []
 
     def start(self) -> None:
         """Estimate what is estimated once, and draw the first weights."""
@@ -187,22 +194,23 @@ class _Run:
         }
         for number, (read, write) in enumerate(self._pairs):
             y = np.zeros((1, self._stream.widths[write]), np.float32)
-            shape = self._first_state(number, self._stream.widths[read], y, read != write)
+            first = functools.partial(self._first_state, number, self._stream.widths[read], y, read != write)
             leaves = [jnp.asarray(leaf) for leaf in tree["states"][str(number)]]
-            self._states.append(jax.tree.unflatten(jax.tree.structure(shape), leaves))
+            self._states.append(jax.tree.unflatten(jax.tree.structure(jax.eval_shape(first)), leaves))
         self._stream.restore(tree["stream"])
 
     def step(self) -> list[StepInfo]:
         """One step of every SAE, and what is due after it."""
-        batch, infos = self._stream.next_batch(), []
-        scaled = {name: self._scaled(name, batch[name]) for name in self._scalings}
+        batch = self._stream.next_batch()
+        # Looked at only now: the device was at the last step while the batch was fetched.
+        self.check_refused()
+        scaled, infos = {name: self._scaled(name, batch[name]) for name in self._scalings}, []
         for number, (read, write) in enumerate(self._pairs):
             y = None if read == write else scaled[write]
             state, info = steps(self.config.rule, self._states[number], scaled[read], y, self._coefficients)
             self._states[number] = state
             infos.append(info)
-        self.n_steps += 1
-        self._check_refused(infos)
+        self.n_steps, self._infos = self.n_steps + 1, infos
         if self.config.resampling is not None and self.n_steps in self.config.resampling.at_steps:
             self._resample(self.config.resampling)
         return infos
@@ -210,8 +218,10 @@ class _Run:
     def _scaled(self, name: str, rows: Any) -> jax.Array:
         return _scaled(self._scalings[name], jnp.asarray(rows, jnp.float32))
 
-    def _check_refused(self, infos: Sequence[StepInfo]) -> None:
-        for (read, write), state, info in zip(self._pairs, self._states, infos, strict=True):
+    def check_refused(self) -> None:
+        """Raise `InvalidInputError` if the last step was refused, and too many were."""
+        # Empty before the first step.
+        for (read, write), state, info in zip(self._pairs, self._states, self._infos, strict=bool(self._infos)):
             n_refused = int(np.max(state.n_refused))
             if n_refused < self.config.n_refused_max or bool(np.all(info.is_finite)):
                 continue

@@ -24,6 +24,7 @@ from interp_jax.methods.sae import (
     Gated,
     GhostGrads,
     JumpReLU,
+    MatchingPursuit,
     Redraw,
     ReLU,
     Resample,
@@ -31,6 +32,7 @@ from interp_jax.methods.sae import (
     TopK,
     TrainConfig,
     train,
+    train_step,
 )
 from interp_jax.methods.sae.checkpoints import Checkpoints
 from interp_jax.methods.sae.decoder_norm import constrained, tangent
@@ -179,7 +181,7 @@ def test_a_variant_with_half_precision_products_keeps_its_state_in_float32(rng) 
 
 
 def ghost(kind, pre, W_dec, residual, dead, **options):
-    return GhostGrads(kind, **options)(pre, W_dec, residual, dead, jnp.zeros((), jnp.int32), jnp.float32)
+    return GhostGrads(kind, **options)(pre, W_dec, residual, dead, dead.mean(), jnp.float32)
 
 
 @pytest.mark.parametrize(("degrees", "expected"), [(50, -0.57115), (60, 0.0), (70, 0.63192)])
@@ -229,13 +231,33 @@ def test_a_dead_term_moves_the_dead_only(rng, term, variant) -> None:
     def of_term(params):
         done = variant.train_pass(params, x, x)
         e = x - done.reconstruction
-        return term(done.pre_activations, params["W_dec"], e, dead, jnp.zeros((), jnp.int32), jnp.float32)
+        return term(done.pre_activations, params["W_dec"], e, dead, dead.mean(), jnp.float32)
 
     gradient = jax.grad(of_term)(params)
     assert not gradient["b_dec"].any()
     assert not gradient["W_dec"][~dead].any() and not gradient["W_enc"][:, ~dead].any()
     assert gradient["W_dec"][dead].any() and gradient["W_enc"][:, dead].any()
     assert all(jnp.isfinite(value).all() for value in gradient.values())
+
+
+@pytest.mark.parametrize("term", [GhostGrads("original"), GhostGrads("rescaled", is_capped=True), AuxK(k=2)], ids=str)
+@pytest.mark.parametrize("variant", [ReLU(), ReLU(is_tied=True), Gated(), TopK(3), MatchingPursuit(2)], ids=str)
+def test_a_few_dead_latents_have_the_gradients_of_all(rng, term, variant, monkeypatch) -> None:
+    params = variant.init(jax.random.key(0), d_in=D, n_latents=N)
+    x = jnp.asarray(rng.normal(size=(16, D)), jnp.float32)
+    rule = StepRule(variant, dead_term=term)
+    is_dead = jnp.arange(N) % 4 == 1  # Not more than a quarter, and the first is not among them.
+
+    def of(share: float):
+        monkeypatch.setattr(train_step, "SHARE_OF_FEW", share)
+        one = jnp.ones(())
+        (_, (*_, loss)), gradients = train_step._with_gradients(rule, params, x, x, one, is_dead, one, one)
+        return loss, gradients
+
+    (few, by_few), (whole, by_whole) = of(0.5), of(0.0)
+    assert few == pytest.approx(float(whole), rel=1e-4) and few > 0
+    for name, value in by_whole.items():
+        np.testing.assert_allclose(by_few[name], value, atol=1e-4 * float(jnp.abs(value).max()), err_msg=name)
 
 
 def test_aux_k_by_hand(rng) -> None:
@@ -246,12 +268,11 @@ def test_aux_k_by_hand(rng) -> None:
         kept[row, largest] = np.maximum(values[largest], 0)
     error = np.square(np.asarray(e) - kept @ np.asarray(W_dec)).sum(axis=1).mean()
     variance = np.square(np.asarray(e) - np.asarray(e).mean(axis=0)).sum(axis=1).mean()
-    zero = jnp.zeros((), jnp.int32)
-    value = AuxK(k=2)(pre, W_dec, e, dead, zero, jnp.float32)
+    value = AuxK(k=2)(pre, W_dec, e, dead, dead.mean(), jnp.float32)
     assert float(value) == pytest.approx(error / variance / 32, rel=1e-4)
-    assert AuxK(k=2)(pre, W_dec, e, jnp.zeros(N, bool), zero, jnp.float32) == 0
+    assert AuxK(k=2)(pre, W_dec, e, jnp.zeros(N, bool), jnp.zeros(()), jnp.float32) == 0
     # More asked for than dead: those there are.
-    assert jnp.isfinite(AuxK(k=8)(pre, W_dec, e, dead, zero, jnp.float32))
+    assert jnp.isfinite(AuxK(k=8)(pre, W_dec, e, dead, dead.mean(), jnp.float32))
 
 
 def test_the_dead_are_counted_in_tokens(rng) -> None:
