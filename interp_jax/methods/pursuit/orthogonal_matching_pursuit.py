@@ -60,7 +60,7 @@ class OrthogonalMatchingPursuit(Pursuit):
     def memory(self, signals: jax.Array, k: int) -> jax.Array | Normal:
         """For `signals` and `k` slots, the normal equations, or the inverse of their factor: empty."""
         square = jnp.zeros((len(signals), k, k), signals.dtype)
-        return Normal(square, square[:, :, 0]) if self.is_nonneg else square
+        return Normal(square, jnp.zeros((len(signals), k), signals.dtype)) if self.is_nonneg else square
 
     def update(self, signals: jax.Array, state: State, choice: Choice) -> Update:
         """The best coefficients of `signals` for the atoms of `state`, the `choice` among them."""

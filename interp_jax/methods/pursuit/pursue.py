@@ -310,7 +310,8 @@ def _run(
 
     recorded = jnp.zeros((len(prefixes) + 1, n_batch, k), dtype)
     steps = (jnp.arange(k, dtype=jnp.int32), jnp.asarray(entries))
-    state, recorded = lax.scan(step, (state, recorded), steps)[0]
+    if k:
+        state, recorded = lax.scan(step, (state, recorded), steps)[0]
     return state, recorded[:-1]
 
 
