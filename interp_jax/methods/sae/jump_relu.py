@@ -25,7 +25,6 @@ from typing import Any, ClassVar, final
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from interp_jax.core.errors import InvalidInputError, UnknownNameError, four_part
 from interp_jax.methods.sae import parameters
@@ -94,8 +93,6 @@ class JumpReLU(Architecture):
     def train_pass(self, params: Params, x: jax.Array, y: jax.Array, *, dtype: Any = jnp.float32) -> TrainPass:
         """One batch of `params` from `x` to `y`, with factors of `dtype`; the penalty counts latents."""
         pre, for_dead = self.pre_activations(params, x, dtype)
-        # Read several times: without the barrier XLA keeps it with and without its bias.
-        pre = lax.optimization_barrier(pre)
         threshold = thresholds(params)
         latents = jump_relu(pre, threshold, self.bandwidth)
         return TrainPass(
@@ -178,8 +175,7 @@ def _jump_forward(pre: jax.Array, threshold: jax.Array, bandwidth: float) -> tup
 def _jump_backward(saved: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     pre, threshold, bandwidth = saved
     kernels = batch_sum(lambda rows, pre: rows * _kernel(pre, threshold, bandwidth), cotangent, pre)
-    to_threshold = -threshold * kernels
-    return jnp.where(pre > threshold[None], cotangent, 0.0), to_threshold, None
+    return jnp.where(pre > threshold[None], cotangent, 0.0), -threshold * kernels, None
 
 
 mean_l0.defvjp(_l0_forward, _l0_backward)
