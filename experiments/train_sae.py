@@ -8,8 +8,8 @@ Expected: most of the variance, at a loss a little above the model's own; far be
 
 The run's state is saved in `directory` as it goes, and the same command takes it up where it was. The dictionary is
 saved there too (`sae/`, for `load_sae`), and a site that shows each of its latents (`dashboard/index.html`). The
-activations of a small text are written to disk once and read for every epoch; with `n_buffer_tokens` they are computed
-as they are needed, for texts that are larger than the disk.
+activations of a small text are written to disk once and read for every epoch; with `--activations buffer` or `direct`
+they are computed as they are needed, for texts that are larger than the disk.
 
 >>> Config().architecture(), SMOKE.n_steps
 (TopK(k=32, is_centred=True), 30)
@@ -22,7 +22,6 @@ Source: Gao et al. 2024 (2406.04093) for the method.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,8 +31,8 @@ from interp_jax.data.text_streams import Packed, pack
 from interp_jax.figures.sae_evaluation import density_figure, evaluation_page
 from interp_jax.figures.sae_site import write_site
 from interp_jax.figures.sae_training import training_figure
-from interp_jax.forward.activation_files import write_activations
 from interp_jax.forward.batch_streams import BatchStream
+from interp_jax.forward.direct_stream import DirectStream
 from interp_jax.forward.shards import ShardStream
 from interp_jax.forward.store import ActivationStream, Buffer
 from interp_jax.methods.sae import SAE, VARIANTS, AuxK, StepRule, TrainConfig, train
@@ -41,6 +40,7 @@ from interp_jax.methods.sae.architecture import Architecture
 from interp_jax.methods.sae.dashboard import latent_dashboard
 from interp_jax.methods.sae.evaluation import SAEEvaluation, evaluate_sae
 from interp_jax.methods.sae.files import save_sae
+from interp_jax.methods.sae.sweep_setup import written_once
 from interp_jax.models.loading import load
 
 if TYPE_CHECKING:
@@ -63,7 +63,9 @@ class Config:
         batch_size: Tokens per step.
         learning_rate: Of Adam.
         n_ctx: Tokens per sequence.
-        n_buffer_tokens: How many tokens' activations are mixed as they are computed; 0 to write all of them to disk.
+        activations: "disk" (all are written once), "buffer" (so many are mixed as they are computed) or "direct" (each
+            step's come from a pass of its own and never leave the device).
+        n_buffer_tokens: How many tokens' activations a buffer mixes.
         n_held_out: On how many sequences of held-out text it is evaluated.
         n_dashboard: On how many such sequences its latents are looked at, for the dashboard; 0 for none.
         dead_after_tokens: A latent that does not fire for so many tokens is dead, and brought back by AuxK.
@@ -82,7 +84,8 @@ class Config:
     batch_size: int = 1024
     learning_rate: float = 1e-3
     n_ctx: int = 128
-    n_buffer_tokens: int = 0
+    activations: str = "disk"
+    n_buffer_tokens: int = 2**17
     n_held_out: int = 64
     n_dashboard: int = 256
     dead_after_tokens: int = 200_000
@@ -205,7 +208,7 @@ def run(config: Config, *, lm: LanguageModel | None = None, progress: bool = Tru
 
 
 def open_stream(config: Config, lm: LanguageModel, packed: Packed, directory: Path) -> BatchStream:
-    """The activations: computed as they are needed, or written to disk unless they are there.
+    """The activations, as the configuration says: written to disk unless they are there, mixed or straight.
 
     Args:
         config: What is trained on what.
@@ -215,15 +218,26 @@ def open_stream(config: Config, lm: LanguageModel, packed: Packed, directory: Pa
 
     Returns:
         The stream.
+
+    Raises:
+        UnknownNameError: There is no such way to have them.
     """
-    if config.n_buffer_tokens:
+    if config.activations not in (known := ("disk", "buffer", "direct")):
+        raise UnknownNameError(
+            four_part(
+                f"Unknown activations {config.activations!r}",
+                where="train_sae",
+                names=known,
+                given=config.activations,
+                fix="use one of them.",
+            )
+        )
+    if config.activations == "direct":
+        return DirectStream(lm, packed, config.site, batch_size=config.batch_size, seed=config.seed)
+    if config.activations == "buffer":
         buffer = Buffer(n_rows=config.n_buffer_tokens)
         return ActivationStream(lm, packed, config.site, batch_size=config.batch_size, seed=config.seed, buffer=buffer)
-    digest = hashlib.sha256(f"{lm.name} {config.site} {packed.fingerprint}".encode()).hexdigest()[:8]
-    folder = directory / f"activations_{digest}"
-    if not folder.exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        write_activations(lm, packed, config.site, folder, seed=config.seed)
+    folder = written_once(lm, packed, config.site, directory, seed=config.seed)
     return ShardStream(folder, batch_size=config.batch_size, seed=config.seed)
 
 
