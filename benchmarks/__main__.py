@@ -8,7 +8,18 @@ from __future__ import annotations
 import importlib
 import sys
 
-ALL = ("light", "unlistened", "loop", "harvest", "patching", "stacked", "loading", "activation_stream", "sae")
+ALL = (
+    "light",
+    "unlistened",
+    "loop",
+    "harvest",
+    "patching",
+    "stacked",
+    "loading",
+    "activation_stream",
+    "sae",
+    "pursuit",
+)
 
 
 def main(names: list[str]) -> int:
