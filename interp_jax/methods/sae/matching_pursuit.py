@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from interp_jax.core.best_rows import best_rows
 from interp_jax.methods.sae import parameters
 from interp_jax.methods.sae.architecture import Architecture, TrainPass
 from interp_jax.methods.sae.parameters import Params
@@ -95,11 +96,11 @@ class MatchingPursuit(Architecture):
 
     def _pursue(self, params: Params, x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
         W_dec, rows = params["W_dec"], jnp.arange(len(x))
+        rounded = W_dec.astype(dtype)
 
         def step(state: tuple[jax.Array, ...], _: None) -> tuple[tuple[jax.Array, ...], None]:
             residual, latents = state
-            scores = lax.stop_gradient(parameters.matmul(residual, W_dec.T, dtype))
-            chosen = jnp.argmax(scores if self.is_nonneg else jnp.abs(scores), axis=-1)
+            chosen = best_rows(residual.astype(dtype), rounded, is_signed=not self.is_nonneg, precision=None).indices
             atoms = W_dec[chosen]
             # Again in float32, and with a gradient: of the chosen ones only.
             coefficients = (residual * atoms).sum(axis=-1)
