@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class InterpError(Exception):
@@ -72,6 +73,25 @@ def shorten(names: Iterable[str], *, limit: int = 24) -> str:
     names = list(names)
     rest = f", ... ({len(names)} in all)" if len(names) > limit else ""
     return ", ".join(names[:limit]) + rest
+
+
+def check_choice(given: Any, names: Iterable[str], *, what: str, where: str) -> None:
+    """Raise unless something is one of the names there are.
+
+    Args:
+        given: What was given.
+        names: Those there are.
+        what: What it is the name of, such as "engine".
+        where: The call it was given to.
+
+    Raises:
+        UnknownNameError: It is none of them.
+    """
+    names = list(names)
+    if given not in names:
+        raise UnknownNameError(
+            four_part(f"Unknown {what} {given!r}", where=where, names=names, given=str(given), fix="use one of these.")
+        )
 
 
 def four_part(

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from interp_jax.core.errors import InvalidInputError, UnknownNameError, four_part
+from interp_jax.core.errors import InvalidInputError, check_choice, four_part
 from interp_jax.core.sites import Site
 from interp_jax.forward.metrics import Metric, prepared
 from interp_jax.forward.node_effects import node_effects, plain_metric
@@ -144,8 +144,7 @@ def activation_patching(
 
     Source: Kramar et al. 2024 (2403.00745), equations 1 to 3.
     """
-    if direction not in DIRECTIONS:
-        raise _unknown("direction", direction, DIRECTIONS, "activation_patching")
+    check_choice(direction, DIRECTIONS, what="direction", where="activation_patching")
     clean, corrupted = check_pair(lm, clean, corrupted, where="activation_patching")
     check_nodes(nodes, clean, where="activation_patching")
     metric = prepared(metric, lm, clean, where="activation_patching")
@@ -197,8 +196,7 @@ def ablation(
 
     Source: Wang et al. 2022 (2211.00593), section 2, on mean ablation.
     """
-    if kind not in ABLATIONS:
-        raise _unknown("kind", kind, ABLATIONS, "ablation")
+    check_choice(kind, ABLATIONS, what="kind", where="ablation")
     tokens = np.asarray(lm.check_tokens(tokens, where="ablation"))
     check_nodes(nodes, tokens, where="ablation")
     metric = prepared(metric, lm, tokens, where="ablation")
@@ -242,9 +240,3 @@ def _mean_source(lm: LanguageModel, reference: Any, nodes: NodeSet) -> Any:
 
     means = {site: mean(value) for site, value in lm.reap(reference, nodes.sites).items()}
     return lambda site, value: jnp.broadcast_to(means[site][None, None], value.shape).astype(value.dtype)
-
-
-def _unknown(what: str, given: str, names: tuple[str, ...], where: str) -> UnknownNameError:
-    return UnknownNameError(
-        four_part(f"Unknown {what} {given!r}", where=where, names=names, given=str(given), fix="use one of these.")
-    )

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from interp_jax.core.errors import UnknownNameError, four_part
+from interp_jax.core.errors import check_choice
 from interp_jax.core.interventions import Masked
 from interp_jax.core.sites import Selector, Site, select_sites
 from interp_jax.forward.metrics import Metric, metric_values, prepared
@@ -119,12 +119,7 @@ def layer_effects(
         ShapeError: The metric does not return one float per row of the batch.
         InvalidInputError: The metric reads a token or a position that is not there.
     """
-    if route not in ROUTES:
-        raise UnknownNameError(
-            four_part(
-                f"Unknown route {route!r}", where="layer_effects", names=ROUTES, given=route, fix="use one of them."
-            )
-        )
+    check_choice(route, ROUTES, what="route", where="layer_effects")
     tokens = np.asarray(lm.check_tokens(tokens, where="layer_effects"))
     metric = prepared(metric, lm, tokens, where="layer_effects")
     chosen = tuple(select_sites(sites, lm.sites(tokens).sites, where="layer_effects"))

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from interp_jax.core import errors
-from interp_jax.core.errors import InterpError, closest, four_part, shorten
+from interp_jax.core.errors import InterpError, UnknownNameError, check_choice, closest, four_part, shorten
 
 FAMILY = [
     member
@@ -70,6 +70,15 @@ def test_names_may_be_an_iterator() -> None:
     message = four_part("Unknown 'kk'", names=iter(["k", "kv"]), given="kk", fix="use one.")
     assert "Did you mean" in message
     assert "Known: k, kv" in message
+
+
+def test_a_choice_is_one_of_the_names() -> None:
+    check_choice("wide", iter(["wide", "narrow"]), what="width", where="a test")
+    with pytest.raises(UnknownNameError, match=r"Unknown width 'wid' in a test\. Did you mean 'wide'") as raised:
+        check_choice("wid", iter(["wide", "narrow"]), what="width", where="a test")
+    assert "Known: wide, narrow\n  Fix: use one of these." in str(raised.value)
+    with pytest.raises(UnknownNameError, match=r"Unknown width \['wide'\]"):
+        check_choice(["wide"], ("wide",), what="width", where="a test")
 
 
 def test_closest_first() -> None:

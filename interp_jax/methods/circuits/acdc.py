@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from interp_jax.core.errors import InvalidInputError, UnknownNameError, four_part
+from interp_jax.core.errors import InvalidInputError, check_choice, four_part
 from interp_jax.forward.metrics import Metric, finite, kl_divergence, metric_values, prepared
 from interp_jax.forward.nodes import check_pair
 from interp_jax.methods.circuits.edge_model import EdgeModel, edge_model
@@ -244,10 +244,7 @@ def _ordered(is_kept: np.ndarray, receiver: int, order: str, key: jax.Array | No
 
 
 def _check_settings(threshold: Any, order: str, key: Any) -> None:
-    if order not in ORDERS:
-        raise UnknownNameError(
-            four_part(f"Unknown order {order!r}", where="acdc", names=ORDERS, given=str(order), fix="use one of them.")
-        )
+    check_choice(order, ORDERS, what="order", where="acdc")
     if math.isnan(threshold) or (order == "random") != (key is not None):
         raise InvalidInputError(
             four_part(

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from interp_jax.core.errors import InvalidInputError, UnknownNameError, four_part
+from interp_jax.core.errors import InvalidInputError, check_choice, four_part
 from interp_jax.core.sites import Site
 from interp_jax.forward.metrics import Metric, finite, metric_values, prepared
 from interp_jax.forward.nodes import check_pair
@@ -102,10 +102,7 @@ def integration_points(rule: str, n_steps: int) -> tuple[list[float], list[float
         UnknownNameError: An unknown rule.
         InvalidInputError: No step.
     """
-    if rule not in RULES:
-        raise UnknownNameError(
-            four_part(f"Unknown rule {rule!r}", where="edge_attribution", names=RULES, given=rule, fix="use one.")
-        )
+    check_choice(rule, RULES, what="rule", where="edge_attribution")
     if isinstance(n_steps, bool) or n_steps < 1:
         raise InvalidInputError(
             four_part(
@@ -156,12 +153,7 @@ def edge_attribution(
 
     Source: Syed et al. 2310.10348; Hanna et al. 2403.17806.
     """
-    if method not in METHODS:
-        raise UnknownNameError(
-            four_part(
-                f"Unknown method {method!r}", where="edge_attribution", names=METHODS, given=method, fix="use one."
-            )
-        )
+    check_choice(method, METHODS, what="method", where="edge_attribution")
     points, weights = integration_points(rule, n_steps)
     if method in ("eap", "mask_gradient"):
         points, weights = [1.0 if method == "eap" else 0.0], [1.0]

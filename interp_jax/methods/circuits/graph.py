@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from interp_jax.core.errors import InvalidInputError, ShapeError, UnknownNameError, four_part
+from interp_jax.core.errors import InvalidInputError, ShapeError, UnknownNameError, check_choice, four_part
 
 RANKINGS = ("size", "lowest", "highest")
 
@@ -311,10 +311,7 @@ def greedy_edges(graph: EdgeGraph, scores: np.ndarray, n: int, *, by: str = "siz
 def _ranks(graph: EdgeGraph, scores: np.ndarray, n: int, by: str) -> np.ndarray:
     """The larger, the earlier the edge is taken."""
     scores = np.asarray(scores)
-    if by not in RANKINGS:
-        raise UnknownNameError(
-            four_part(f"Unknown ranking {by!r}", where="a choice of edges", names=RANKINGS, given=by, fix="use one.")
-        )
+    check_choice(by, RANKINGS, what="ranking", where="a choice of edges")
     if scores.shape != graph.shape:
         raise ShapeError(
             four_part(

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from interp_jax.core.errors import InvalidInputError, UnknownNameError, four_part
+from interp_jax.core.errors import InvalidInputError, check_choice, four_part
 from interp_jax.methods.sae import parameters
 from interp_jax.methods.sae.architecture import squared_error
 from interp_jax.methods.sae.sparse import largest, sparse_matmul
@@ -87,12 +87,7 @@ class GhostGrads(DeadTerm):
     n_first_steps: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise UnknownNameError(
-                four_part(
-                    f"Unknown kind {self.kind!r}", where="GhostGrads", names=KINDS, given=self.kind, fix="use one."
-                )
-            )
+        check_choice(self.kind, KINDS, what="kind", where="GhostGrads")
 
     def dead(self, is_dead: jax.Array, step: jax.Array) -> jax.Array:
         """Which latents the term is about, `[latent]`: those of `is_dead`, or all, by the `step`."""

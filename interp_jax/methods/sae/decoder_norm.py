@@ -18,7 +18,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from interp_jax.core.errors import UnknownNameError, four_part
+from interp_jax.core.errors import check_choice
 from interp_jax.methods.sae.parameters import unit_rows
 
 CONSTRAINTS = ("unit", "at_most_one", "free")
@@ -26,16 +26,7 @@ CONSTRAINTS = ("unit", "at_most_one", "free")
 
 def check_constraint(constraint: str, *, where: str) -> None:
     """Raise `UnknownNameError` unless there is such a constraint."""
-    if constraint not in CONSTRAINTS:
-        raise UnknownNameError(
-            four_part(
-                f"Unknown decoder norm {constraint!r}",
-                where=where,
-                names=CONSTRAINTS,
-                given=constraint,
-                fix="use one of them.",
-            )
-        )
+    check_choice(constraint, CONSTRAINTS, what="decoder norm", where=where)
 
 
 def tangent(gradient: jax.Array, W_dec: jax.Array, constraint: str) -> jax.Array:

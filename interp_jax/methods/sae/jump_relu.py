@@ -26,7 +26,7 @@ from typing import Any, ClassVar, final
 import jax
 import jax.numpy as jnp
 
-from interp_jax.core.errors import InvalidInputError, UnknownNameError, four_part
+from interp_jax.core.errors import InvalidInputError, check_choice, four_part
 from interp_jax.methods.sae import parameters
 from interp_jax.methods.sae.architecture import Architecture, TrainPass
 from interp_jax.methods.sae.dense import batch_sum
@@ -60,16 +60,7 @@ class JumpReLU(Architecture):
     name: ClassVar[str] = "jump_relu"
 
     def __post_init__(self) -> None:
-        if self.penalty not in PENALTIES:
-            raise UnknownNameError(
-                four_part(
-                    f"Unknown penalty {self.penalty!r}",
-                    where="JumpReLU",
-                    names=PENALTIES,
-                    given=self.penalty,
-                    fix="use one of them.",
-                )
-            )
+        check_choice(self.penalty, PENALTIES, what="penalty", where="JumpReLU")
         for field in ("threshold", "bandwidth", "target_l0", "tanh_scale"):
             if not getattr(self, field) > 0:
                 raise InvalidInputError(

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from interp_jax.core.errors import InvalidInputError, UnknownNameError, four_part
+from interp_jax.core.errors import InvalidInputError, check_choice, four_part
 
 RULES = ("none", "sqrt_d", "unit_ms", "layer", "constant_norm")
 FOLDABLE = ("none", "sqrt_d", "unit_ms")
@@ -74,10 +74,7 @@ class Normalization:
 
 def check_rule(rule: str, *, where: str) -> None:
     """Raise `UnknownNameError` unless there is such a rule."""
-    if rule not in RULES:
-        raise UnknownNameError(
-            four_part(f"Unknown normalization {rule!r}", where=where, names=RULES, given=rule, fix="use one of them.")
-        )
+    check_choice(rule, RULES, what="normalization", where=where)
 
 
 def estimate(rule: str, sample: Any) -> Normalization:

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from interp_jax.core.errors import InvalidInputError, UnknownNameError, four_part
+from interp_jax.core.errors import InvalidInputError, UnknownNameError, check_choice, four_part
 from interp_jax.methods.sae import normalization
 from interp_jax.methods.sae.decoder_norm import check_constraint
 from interp_jax.methods.sae.resampling import Redraw, Resample
@@ -91,12 +91,7 @@ def check_config(config: TrainConfig, widths: Mapping[str, int]) -> None:
     normalization.check_rule(config.scaling, where="TrainConfig")
     check_constraint(config.rule.decoder_norm, where="StepRule")
     config.rule.architecture.check(config.n_latents)
-    if config.b_dec not in BIASES:
-        raise UnknownNameError(
-            four_part(
-                f"Unknown b_dec {config.b_dec!r}", where="TrainConfig", names=BIASES, given=config.b_dec, fix="use one."
-            )
-        )
+    check_choice(config.b_dec, BIASES, what="b_dec", where="TrainConfig")
     names = [name for site in config.sites for name in (site if isinstance(site, tuple) else (site,))]
     for name in names:
         if name not in widths:

@@ -37,7 +37,7 @@ from typing import Any
 import jax
 
 from interp_jax.core.activations import SiteTable
-from interp_jax.core.errors import InterleavingError, RunningPassError, UnknownNameError, four_part
+from interp_jax.core.errors import InterleavingError, RunningPassError, check_choice, four_part
 from interp_jax.core.interventions import describe, same_form
 from interp_jax.core.sites import Selector, Site, select_sites, selector_parts
 from interp_jax.transforms.running_pass.compiled import KEEP, execute, rest_of
@@ -75,14 +75,11 @@ def run(
     name = getattr(fn, "__qualname__", None) or type(fn).__name__
     for steps in list(_STEPPED_BY_HAND):
         steps.warn_if_in_the_way()
+    check_choice(engine, ENGINES, what="engine", where="run")
     if engine == "compiled":
         steps, rest = _compiled_steps(fn, args, kwargs, sites, name)
         return RunningPass(steps, name=name, rest=rest)
-    if engine == "python":
-        return RunningPass(run_python(fn, args, kwargs, sites, where=name), name=name, keeps_form=False)
-    raise UnknownNameError(
-        four_part(f"Unknown engine {engine!r}", where="run", names=ENGINES, given=str(engine), fix="use one of these.")
-    )
+    return RunningPass(run_python(fn, args, kwargs, sites, where=name), name=name, keeps_form=False)
 
 
 def list_sites(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> SiteTable:

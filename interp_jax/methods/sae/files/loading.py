@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from interp_jax.core.errors import InvalidInputError, LoadError, UnknownNameError, four_part, shorten
+from interp_jax.core.errors import InvalidInputError, LoadError, check_choice, four_part, shorten
 from interp_jax.methods.sae.files import dictionary_learning, gemma_scope, own, saelens, sparsify
 from interp_jax.methods.sae.sae import SAE
 from interp_jax.models.loading import in_hub_cache
@@ -70,10 +70,8 @@ def load_sae(path: str | os.PathLike[str], *, format: str | None = None, input_s
         InvalidInputError: A scale is needed, or given though it is not.
     """
     where = f"load_sae({os.fspath(path)!r})"
-    if format is not None and format not in FORMATS:
-        raise UnknownNameError(
-            four_part(f"Unknown format {format!r}", where=where, names=FORMATS, given=format, fix="use one of them.")
-        )
+    if format is not None:
+        check_choice(format, FORMATS, what="format", where=where)
     folder = _folder(os.fspath(path), where)
     name = _recognised(folder, where, format)
     if input_scale is None:
