@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from interp_jax.data.text_streams import packed_rows as packed_rows
     from interp_jax.forward.activation_files import write_activations as write_activations
     from interp_jax.forward.batch_streams import ArrayStream as ArrayStream
+    from interp_jax.forward.direct_stream import DirectStream as DirectStream
     from interp_jax.forward.metrics import logit_difference as logit_difference
     from interp_jax.forward.node_subsets import subset_patching as subset_patching
     from interp_jax.forward.nodes import NodeSet as NodeSet
@@ -150,6 +151,7 @@ _HOMES = {
     ),
     "interp_jax.forward.activation_files": ("write_activations",),
     "interp_jax.forward.batch_streams": ("ArrayStream",),
+    "interp_jax.forward.direct_stream": ("DirectStream",),
     "interp_jax.forward.shards": ("ShardStream",),
     "interp_jax.forward.site_values": (
         "Keep",
@@ -180,13 +182,13 @@ _HOMES = {
     "interp_jax.methods.logit_lens": ("logit_lens",),
     "interp_jax.methods.pursuit": ("pursuit",),
     "interp_jax.methods.sae": ("sae",),
+    "interp_jax.methods.steering": ("steering",),
+    "interp_jax.methods.sparsity_sweep": ("sparsity_sweep",),
     "interp_jax.methods.node_diagnostics": ("bound_missed_nodes", "verify_top_nodes"),
     "interp_jax.models.language_model": ("LanguageModel",),
     "interp_jax.models.loading": ("load",),
     "interp_jax.transforms.compilations": ("compilations",),
     "interp_jax.transforms.greenlets": ("greenlets",),
-    "interp_jax.methods.steering": ("steering",),
-    "interp_jax.methods.sparsity_sweep": ("sparsity_sweep",),
     "interp_jax.transforms.harvest": (
         "harvest",
         "harvest_sites",

@@ -48,12 +48,21 @@ def test_from_text_to_a_dictionary(text, tmp_path) -> None:
         train_sae.run(dataclasses.replace(config, seed=1), lm=lm, progress=False)
 
 
-def test_activations_computed_as_they_are_needed(text, tmp_path) -> None:
+@pytest.mark.parametrize("activations", ["buffer", "direct"])
+def test_activations_computed_as_they_are_needed(activations, text, tmp_path) -> None:
     config = dataclasses.replace(
-        SMOKE, text=text, directory=str(tmp_path), n_buffer_tokens=2048, n_steps=4, n_dashboard=0
+        SMOKE,
+        text=text,
+        directory=str(tmp_path),
+        activations=activations,
+        n_buffer_tokens=2048,
+        n_steps=4,
+        n_dashboard=0,
     )
     result = train_sae.run(config, lm=load(ORACLES / "tiny_llama"), progress=False)
     assert result.log[-1]["step"] == 4 and not list(tmp_path.glob("activations_*"))
+    with pytest.raises(UnknownNameError, match="Did you mean 'direct'"):
+        train_sae.run(dataclasses.replace(config, activations="Direct"), lm=load(ORACLES / "tiny_llama"))
 
 
 def test_variants_by_name() -> None:
