@@ -19,6 +19,7 @@ ALL = (
     "activation_stream",
     "sae",
     "pursuit",
+    "ito",
 )
 
 
