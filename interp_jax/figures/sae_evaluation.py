@@ -25,7 +25,7 @@ import numpy as np
 
 from interp_jax.core.errors import InvalidInputError, four_part
 from interp_jax.figures.page import escape, html_page
-from interp_jax.figures.plotting import INK, LINE, QUIET, SERIES, drawable, drawing
+from interp_jax.figures.plotting import INK, LINE, QUIET, SERIES, add_heading, drawable, drawing
 from interp_jax.figures.sae_evaluation_page import BODY, SCRIPT, STYLE
 from interp_jax.forward.spliced_losses import ABLATIONS
 from interp_jax.methods.sae.evaluation import SAEEvaluation
@@ -193,9 +193,8 @@ def _finish(figure: Any, axes: Any, heading: str, title: str, caption: str) -> N
     legend = axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=8.5, labelcolor=INK)
     for text in legend.get_texts():
         text.set_parse_math(False)
-    heading += f": {title}" if title else ""
-    figure.text(0.09, 0.92, drawable(heading), fontsize=13, fontweight="bold", color=INK, parse_math=False)
-    figure.text(0.09, 0.855, caption, fontsize=9, color=QUIET)
+    left_inches = axes.get_position().x0 * figure.get_figwidth()
+    add_heading(figure, heading + (f": {title}" if title else ""), caption, left_inches=left_inches)
 
 
 def evaluation_page(evaluations: Evaluations, *, title: str = "") -> str:
