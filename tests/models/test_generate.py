@@ -362,3 +362,24 @@ def test_greedy_under_a_penalty_is_its_definition(tiny_llama, use_cache: bool) -
             assert log_prob == pytest.approx(logits[token] - np.logaddexp.reduce(logits), abs=1e-4)
             tokens.append(int(token))
     assert generation.tokens.tolist() != tiny_llama.generate(PROMPTS, max_new_tokens=N_NEW).tokens.tolist()
+
+
+def test_top_p_on_ties_and_extremes() -> None:
+    """Equal logits stay or go together, minus infinity never stays, negative logits are in order too."""
+    inf = np.inf
+    rows = jnp.array(
+        [
+            [0.0, 0.0, -1.0, -9.0, -inf],
+            [-5.0, -4.0, -3.0, -80.0, -inf],
+            [7.0, -inf, -inf, -inf, -inf],
+            [1e30, 0, 0, 0, 0],
+        ]
+    )
+    keys = jax.random.split(jax.random.key(0), 2000)
+    sampler = Sampler(is_greedy=False, top_k=None, has_top_p=True)
+    expected = {0.3: ({0, 1}, {2}, {0}, {0}), 0.8: ({0, 1}, {1, 2}, {0}, {0}), 0.95: ({0, 1, 2}, {0, 1, 2}, {0}, {0})}
+    for top_p, tokens in expected.items():
+        for row, allowed in zip(rows, tokens, strict=True):
+            many = jnp.broadcast_to(row, (2000, 5))
+            drawn = sample(many, keys, sampler, temperature=1.0, top_p=top_p)
+            assert set(np.unique(drawn).tolist()) == allowed
