@@ -2,6 +2,7 @@
 
     interp-jax demo                       what SmolLM2-135M thinks at each layer, and what its answer depends on
     interp-jax lens "The capital of France is"
+    interp-jax steer "I think you're" --positive Anger --negative Calm --coefficient 4
     interp-jax doctor smollm2-135m        is what I read what I think it is?
     interp-jax patches                    does every patch set fit the upstream code installed here?
     interp-jax run atp_star --top-k 20    an experiment; every field of its Config is a flag
@@ -35,7 +36,7 @@ from interp_jax.core.errors import InterpError, InvalidInputError, UnknownNameEr
 if TYPE_CHECKING:
     from interp_jax.models.language_model import LanguageModel
 
-COMMANDS = ("demo", "lens", "doctor", "patches", "run")
+COMMANDS = ("demo", "lens", "steer", "doctor", "patches", "run")
 DEFAULT_MODEL = "smollm2-135m"
 _MODEL_HELP = "a name (smollm2-135m, or a model in the local Hugging Face cache), a .gguf file, or a directory"
 
@@ -69,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     demo = command("demo", run_demo, "what a model thinks at each layer, and which layers its answer depends on")
     lens = command("lens", run_lens, "the logit lens of a text: what the model would say after each layer")
+    steer = command("steer", run_steer, "continue a prompt with and without a steering vector from two other prompts")
     doctor = command("doctor", run_doctor, "check that each site of a model holds what its name says")
     command("patches", run_patches, "check that every patch set fits the upstream code installed here")
     # What it does not know of itself, --help too, is the experiment's.
@@ -87,13 +89,34 @@ def build_parser() -> argparse.ArgumentParser:
         help="sites to decode, separated by commas: resid_pre, resid_mid, 5.mlp_out, ... (default: %(default)s)",
     )
     lens.add_argument("--top-k", type=int, default=5, help="tokens kept per cell (default: %(default)s)")
-    for sub in (demo, lens):
+    _add_steering(steer)
+    for sub in (demo, lens, steer):
         sub.add_argument("--model", default=DEFAULT_MODEL, help=f"{_MODEL_HELP} (default: %(default)s)")
-    for sub in (demo, lens, run):
+    for sub in (demo, lens, steer, run):
         sub.add_argument("--out", type=Path, default=Path("runs"), help="folder for the results (default: %(default)s)")
     doctor.add_argument("model", nargs="?", default=DEFAULT_MODEL, help=f"{_MODEL_HELP} (default: %(default)s)")
     doctor.add_argument("--patches", action="store_true", help="check the patch sets instead of a model")
     return parser
+
+
+def _add_steering(steer: argparse.ArgumentParser) -> None:
+    """The options of `interp-jax steer`."""
+    shown = "(default: %(default)s)"
+    steer.add_argument("prompt", help="the text to continue")
+    steer.add_argument("--positive", required=True, help="a text to steer towards")
+    steer.add_argument("--negative", required=True, help="a text to steer away from")
+    steer.add_argument("--layer", type=int, help="add the vector before this layer (default: two fifths of the way up)")
+    steer.add_argument("--coefficient", type=float, default=4.0, help=f"what it is multiplied by {shown}")
+    places = ("front", "middle", "back", "everywhere")
+    steer.add_argument("--placement", default="front", help=f"where on the prompt: {', '.join(places)} {shown}")
+    steer.add_argument("--row", type=int, help="add this row of the vector alone, by default at every position")
+    steer.add_argument("--at", default="prompt", help=f"steer the prompt, generated tokens, or all {shown}")
+    steer.add_argument("--n-samples", type=int, default=3, help=f"completions of each kind {shown}")
+    steer.add_argument("--max-new-tokens", type=int, default=40, help=f"tokens per completion {shown}")
+    steer.add_argument("--temperature", type=float, default=1.0, help=f"0 for the most probable tokens {shown}")
+    steer.add_argument("--top-p", type=float, default=0.3, help=f"sample among the likeliest tokens {shown}")
+    steer.add_argument("--frequency-penalty", type=float, default=1.0, help=f"against repetition {shown}")
+    steer.add_argument("--seed", type=int, default=0, help=f"what is drawn with {shown}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -201,6 +224,53 @@ def run_lens(options: argparse.Namespace) -> int:
     }
     config = {"model": options.model, "text": options.text, "views": views, "top_k": options.top_k}
     _save(result, "lens", config, figures, lm, options.out)
+    return 0
+
+
+def run_steer(options: argparse.Namespace) -> int:
+    """`interp-jax steer PROMPT` with its options."""
+    given = {"PROMPT": options.prompt, "--positive": options.positive, "--negative": options.negative}
+    for name, text in given.items():
+        _check_text(text, where=f"interp-jax steer {name}")
+    _check_writable(options.out)
+    from dataclasses import replace
+
+    from interp_jax.figures import terminal
+    from interp_jax.figures.token_text import token_texts
+    from interp_jax.methods.steering import Sampling, prompt_pair, prompt_tokens, steered_generation
+
+    lm = _loaded(options.model)
+    layer = options.layer if options.layer is not None or lm.config is None else 2 * lm.config.n_layers // 5
+    vector = prompt_pair(lm, options.positive, options.negative, layer or 0).vector()
+    if options.row is not None:
+        if not -len(vector) <= options.row < len(vector):
+            raise InvalidInputError(
+                four_part(
+                    f"--row {options.row} of a vector of {len(vector)} rows was given",
+                    where="interp-jax steer",
+                    expected=f"a row from 0 to {len(vector) - 1}.",
+                    fix="row 0 is BOS, where the difference is 0; the last words are the last rows.",
+                )
+            )
+        vector = vector.row(options.row)
+    placed_everywhere = options.row is not None and options.placement == "front"
+    vector = replace(vector, placement="everywhere" if placed_everywhere else options.placement)
+    names = ("n_samples", "max_new_tokens", "temperature", "top_p", "frequency_penalty", "seed", "at")
+    sampling = Sampling(**{name: getattr(options, name) for name in names})
+    tokens = prompt_tokens(lm, options.prompt)
+    steered, plain = (
+        steered_generation(lm, tokens, vector, coefficient=c, sampling=replace(sampling, at=at))
+        for c, at in ((options.coefficient, sampling.at), (0.0, "prompt"))
+    )
+    _heading(f"{options.coefficient:g} times {options.positive!r} - {options.negative!r} at {vector.site}")
+    print("  |added| / |resid| at each position of the prompt:\n")
+    ratios = steered.sizes[vector.site].ratio[0, : tokens.shape[1]]
+    print(terminal.size_table(token_texts(lm.decode, tokens[0]).tolist(), ratios.tolist(), n_columns=_columns()))
+    for name, generation in (("Unsteered", plain), ("Steered", steered)):
+        _heading(f"{name}: {options.prompt} ...")
+        print(terminal.numbered_texts(generation.texts, n_columns=_columns()))
+    config = {name: value for name, value in vars(options).items() if name not in ("run", "out", "version")}
+    _save({"vector": vector, "steered": steered, "unsteered": plain}, "steer", config, {}, lm, options.out)
     return 0
 
 

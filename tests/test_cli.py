@@ -74,6 +74,37 @@ def test_lens_takes_views_and_a_folder(capsys, tmp_path):
     assert load_result(folder).result["views"] == ["0.resid_mid", "1.resid_mid", "1.mlp_out", "2.resid_mid"]
 
 
+STEER = ["steer", "the cat to", "--positive", "tree", "--negative", "a", "--model", TINY]
+
+
+@pytest.mark.slow
+def test_steer_prints_both_kinds_of_completions_and_saves_them(capsys):
+    few = ["--n-samples", "2", "--max-new-tokens", "3", "--temperature", "0", "--layer", "2", "--coefficient", "-30"]
+    assert main([*STEER, *few]) == 0
+    out, err = capsys.readouterr()
+    assert "-30 times 'tree' - 'a' at 2.resid_pre" in out and "Traceback" not in err
+    folder, _ = saved(out)
+    record = load_result(folder)
+    assert record.config["layer"] == 2 and record.config["coefficient"] == -30 and record.config["at"] == "prompt"
+    rows = record.result["vector"]["values"]
+    size = record.result["steered"]["sizes"]["2.resid_pre"]
+    np.testing.assert_allclose(size["added"][0, : len(rows)], 30 * np.linalg.norm(rows, axis=-1), rtol=1e-5)
+    # A line for each position: its token, and how large what was added is there.
+    shown = [float(ratio) for ratio in re.findall(r"^ +\d  .* (\d+\.\d\d)$", out, re.MULTILINE)]
+    np.testing.assert_allclose(shown, size["added"][0] / size["residual"][0], atol=0.0051)
+    unsteered, steered = (
+        out.split("Unsteered: the cat to ...")[1].split("\nSaved\n")[0].split("Steered: the cat to ...")
+    )
+    texts = {name: record.result[name]["generation"]["texts"] for name in ("unsteered", "steered")}
+    for name, lines in (("unsteered", unsteered), ("steered", steered)):
+        assert texts[name][0] == texts[name][1], "at temperature 0 all are the same"
+        assert [int(number) for number in re.findall(r"^ +(\d)  ", lines, re.MULTILINE)] == [1, 2]
+    assert texts["unsteered"] != texts["steered"]
+    lm = load(TINY)
+    plain = lm.generate([[259, *lm.tokenize("the cat to")[0]]], max_new_tokens=3, frequency_penalty=1.0)
+    assert plain.texts is not None and texts["unsteered"][0] == plain.texts[0]
+
+
 def test_demo_shows_both_routes_and_saves_them(capsys):
     answers = ["--prompt", "the cat to", "--answer", " the", "--other", " t"]
     assert main(["demo", "--model", TINY, *answers]) == 0
@@ -198,8 +229,18 @@ def test_run_takes_flags_and_repeats_an_earlier_run(capsys):
         (["lens"], ["arguments are required: text", "Expected: interp-jax lens [-h]", "Fix: see `interp-jax lens"]),
         (["lens", "a", "--views", ","], ["--views ',' names no site", "Expected: sites separated", "Fix: leave"]),
         (["demo", "--out", "file"], ["is not a folder"]),
+        (["steer", "a"], ["arguments are required: --positive, --negative", "interp-jax steer --help"]),
+        ([*STEER[:3], "", *STEER[4:]], ["An empty text was given in interp-jax steer --positive"]),
+        ([*STEER, "--row", "9"], ["--row 9 of a vector of 5 rows", "from 0 to 4"]),
+        ([*STEER, "--layer", "7"], ["Unknown site '7.resid_pre'", "layers 0 to 2"]),
+        ([*STEER, "--at", "always"], ["at='always'", "'prompt', 'generated' or 'all'"]),
+        ([*STEER, "--at", "all"], ["A vector of 5 rows to be added at every generated token"]),
+        ([*STEER, "--placement", "bakc"], ["Did you mean 'back'?"]),
+        ([*STEER, "--coefficient", "nan"], ["coefficient nan was given", "finite numbers"]),
+        ([*STEER, "--top-p", "2"], ["top_p=2.0"]),
+        (["steer", "t", *STEER[2:]], ["A target of 2 tokens", "steering vector of 5"]),
         (["doctor", "./nowhere"], ["No model at './nowhere'"]),
-        (["lesn", "a"], ["Unknown command 'lesn'", "Did you mean 'lens'?", "demo, lens, doctor, patches"]),
+        (["lesn", "a"], ["Unknown command 'lesn'", "Did you mean 'lens'?", "demo, lens, steer, doctor, patches"]),
         (["patches", "more"], ["Unrecognized arguments: more"]),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,

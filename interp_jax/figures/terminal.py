@@ -12,6 +12,7 @@ Source: interp_jax.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -188,3 +189,40 @@ def effect_sentences(result: LayerEffectsResult, answer: str, other: str, *, row
         numbers = f"({clean:+.2f} to {zeroed:+.2f})".replace("-", "−")
         sentences.append(f"Without {part}, {outcome} {numbers}.")
     return sentences
+
+
+def size_table(tokens: Sequence[str], ratios: Sequence[float], *, n_columns: int = 80) -> str:
+    """How large what was added is against the residual stream, one position a line.
+
+    Args:
+        tokens: The target's tokens, visible strings.
+        ratios: |added| / |resid| at each.
+        n_columns: Width of the terminal.
+
+    Returns:
+        Lines without a line break at the end.
+    """
+    widest = min(24, max(map(text_width, tokens)))
+    n_bar = max(4, min(40, n_columns - widest - 18))
+    largest = max(*ratios, 1e-9)
+    return "\n".join(
+        f"{position:3d}  {padded(token, widest)}  {bar(ratio / largest, n_bar)}  {ratio:8.2f}"
+        for position, (token, ratio) in enumerate(zip(tokens, ratios, strict=True))
+    )
+
+
+def numbered_texts(texts: Sequence[str], *, n_columns: int = 80) -> str:
+    """Texts one after the other, numbered from 1 and wrapped, each as one paragraph.
+
+    Args:
+        texts: The texts.
+        n_columns: Width of the terminal.
+
+    Returns:
+        Lines without a line break at the end.
+    """
+    paragraphs = [
+        textwrap.fill(text, max(20, n_columns - 1), initial_indent=f"{i:3d}  ", subsequent_indent=" " * 5)
+        for i, text in enumerate(texts, 1)
+    ]
+    return "\n".join(paragraph.rstrip() or f"{i:3d}  (nothing)" for i, paragraph in enumerate(paragraphs, 1))

@@ -274,6 +274,7 @@ def steered_generation(
     """
     sampling = Sampling() if sampling is None else sampling
     check_sampling(sampling, where="steered_generation")
+    check_coefficients(coefficient, where="steered_generation")
     tokens = np.repeat(prompt_tokens(lm, prompt), sampling.n_samples, axis=0)
     coefficients = np.full(len(tokens), coefficient, np.float32)
     generation, table = sample_rows(
