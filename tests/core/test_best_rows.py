@@ -28,7 +28,7 @@ def whole_numbers(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 @pytest.mark.parametrize("is_signed", [False, True])
 # One piece without and with blocks; pieces, the last of which overlaps the one before.
-@pytest.mark.parametrize("n", [1, 255, 256, 512, 2048, 2049, 5000])
+@pytest.mark.parametrize("n", [1, 300, 512, 5000])
 def test_as_a_table_says(n: int, is_signed: bool, rng: np.random.Generator, monkeypatch) -> None:
     monkeypatch.setattr(module, "_piece", lambda n_vectors, n: min(n, 2048))
     vectors, rows = whole_numbers(rng, 9, 3), whole_numbers(rng, n, 3)

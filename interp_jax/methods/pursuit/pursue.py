@@ -244,33 +244,28 @@ def _pursue(
     units, exponents = _in_units(jnp.where(is_finite[:, None], signals.astype(dtype), 0))
     tolerances = jnp.ldexp(jnp.broadcast_to(tolerance.astype(dtype), exponents.shape), -exponents)
     scales = _inverse_norms(dictionary, dtype)
-    state, recorded = _run(pursuit, units, dictionary, scales, tolerances, k, prefixes or (), cut)
+    state, record = _run(pursuit, units, dictionary, scales, tolerances, k, prefixes or (), cut)
 
-    atoms, stretches = state.atoms, jnp.where(state.indices >= 0, scales[jnp.maximum(state.indices, 0)], 0)
-    values = state.values
+    is_filled, atoms = state.indices >= 0, state.atoms
     if pursuit.is_least_squares and k:
         atoms = _unit_atoms(dictionary, scales, state.indices)
-        is_filled = state.indices >= 0
 
-        def polish(values: jax.Array, n_steps: int) -> jax.Array:
-            is_free = is_filled & (jnp.arange(k) < n_steps)[None] & ((values > 0) | (not pursuit.is_nonneg))
-            found = refined(units, atoms, values, is_free)
-            return jnp.maximum(found, 0) if pursuit.is_nonneg else found
+        def polish(values: jax.Array, n_steps: jax.Array) -> jax.Array:
+            is_free = is_filled & (jnp.arange(k, dtype=jnp.int32) < n_steps)[None]
+            if not pursuit.is_nonneg:
+                return refined(units, atoms, values, is_free)
+            return jnp.maximum(refined(units, atoms, values, is_free & (values > 0)), 0)
 
-        values = polish(values, k)
-        recorded = [polish(values, n_steps) for values, n_steps in zip(recorded, prefixes or (), strict=True)]
-    residual = units - combination(values, atoms) if k else units
+        record = jax.vmap(polish)(record, jnp.array([*(prefixes or ()), k], jnp.int32))
+    residual = units - combination(record[-1], atoms)
 
     def to_signals(array: jax.Array) -> jax.Array:
         """Back in the signals' units, with NaN in the rows of signals that were not finite."""
         return jnp.where(is_finite[:, None], jnp.ldexp(array, exponents[:, None]), jnp.nan)
 
-    prefix_values = None
-    if prefixes is not None:
-        prefix_values = jnp.zeros((0, *values.shape), dtype)
-        if prefixes:
-            prefix_values = jnp.stack([to_signals(values * stretches) for values in recorded])
-    return Pursued(state.indices, to_signals(values * stretches), to_signals(residual), prefix_values)
+    stretches = jnp.where(is_filled, scales[jnp.maximum(state.indices, 0)], 0)
+    record = jax.vmap(to_signals)(record * stretches[None])
+    return Pursued(state.indices, record[-1], to_signals(residual), None if prefixes is None else record[:-1])
 
 
 def _run(
@@ -283,7 +278,7 @@ def _run(
     prefixes: tuple[int, ...],
     cut: Cut | None,
 ) -> tuple[State, jax.Array]:
-    """All steps, of signals in a range where squares are harmless."""
+    """All steps, of signals in a range where squares are harmless; the coefficients after each prefix and after all."""
     if pursuit.is_least_squares:
         signals, dictionary, scales = lax.stop_gradient((signals, dictionary, scales))
     (n_batch, d), dtype = signals.shape, signals.dtype
@@ -312,7 +307,7 @@ def _run(
     steps = (jnp.arange(k, dtype=jnp.int32), jnp.asarray(entries))
     if k:
         state, recorded = lax.scan(step, (state, recorded), steps)[0]
-    return state, recorded[:-1]
+    return state, recorded.at[-1].set(state.values)
 
 
 def _step(
