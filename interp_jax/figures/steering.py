@@ -79,7 +79,7 @@ def pareto_figure(results: Sequence[SteeringResult], *, title: str = "") -> Figu
         for index, result in enumerate(found):
             _draw_points(axes, result, index)
         axes.axvline(found[0].baseline, color=QUIET, linewidth=0.9, linestyle=":", label="unsteered loss", zorder=1)
-        axes.set_ylim(-0.04, 1.04)
+        axes.set_ylim(*_success_range(found))
         axes.margins(x=0.06)
         axes.set_xlabel("loss on ordinary text after the steered positions (nats per token)", fontsize=9, color=QUIET)
         axes.set_ylabel("P(success)", fontsize=9, color=QUIET)
@@ -97,7 +97,7 @@ def pareto_figure(results: Sequence[SteeringResult], *, title: str = "") -> Figu
 def _draw_points(axes: Any, result: SteeringResult, index: int) -> None:
     """One method's points, its frontier and its intervals."""
     colour, style = SERIES[index % len(SERIES)], _STYLES[index // len(SERIES) % len(_STYLES)]
-    marker = _MARKERS[index % len(_MARKERS)]
+    marker = _marker(index)
     success, loss = result.points.T
     frontier = result.frontier
     below, above = success - result.intervals[:, 0], result.intervals[:, 1] - success
@@ -149,17 +149,27 @@ def coefficient_figure(results: Sequence[SteeringResult], *, title: str = "") ->
             options: dict[str, Any] = {
                 "color": SERIES[index % len(SERIES)],
                 "linestyle": _STYLES[index // len(SERIES) % len(_STYLES)],
-                "marker": _MARKERS[index % len(_MARKERS)],
+                "marker": _marker(index),
                 "markersize": 4,
                 "linewidth": 1.5,
             }
             label = drawable(f"{result.method}\n  {', '.join(result.sites)}")
             upper.plot(c, result.p_success[order], label=label, **options)
-            low, high = result.intervals[order].T
-            upper.fill_between(c, low, high, color=options["color"], alpha=0.08, linewidth=0)
+            success, (low, high) = result.p_success[order], result.intervals[order].T
+            # Side by side, so that intervals at one coefficient can be told apart.
+            beside = c + (index - (len(found) - 1) / 2) * 0.012 * max(float(np.ptp(c)), 1e-9)
+            upper.errorbar(
+                beside,
+                success,
+                yerr=(success - low, high - success),
+                fmt="none",
+                ecolor=options["color"],
+                elinewidth=1.1,
+                alpha=0.35,
+            )
             lower.plot(c, result.loss[order], **options)
         lower.axhline(found[0].baseline, color=QUIET, linewidth=0.9, linestyle=":")
-        upper.set_ylim(-0.04, 1.04)
+        upper.set_ylim(*_success_range(found))
         upper.tick_params(labelbottom=False)
         upper.set_ylabel("P(success)", fontsize=9, color=QUIET)
         lower.set_ylabel("loss (nats per token)", fontsize=9, color=QUIET)
@@ -168,11 +178,22 @@ def coefficient_figure(results: Sequence[SteeringResult], *, title: str = "") ->
         _finish(lower, has_legend=False)
         heading = "Steering by coefficient" + (f": {title}" if title else "")
         caption = (
-            f"Continuing {found[0].prompt!r}; {found[0].n_rollouts} completions each, shaded: 95 % intervals. "
+            f"Continuing {found[0].prompt!r}; {found[0].n_rollouts} completions each, bars: 95 % intervals. "
             "Dotted: unsteered loss."
         )
         add_heading(figure, heading, caption, left_inches=0.8)
     return figure
+
+
+def _marker(index: int) -> str:
+    """Another one where colours begin anew."""
+    return _MARKERS[(index + index // len(SERIES)) % len(_MARKERS)]
+
+
+def _success_range(results: Sequence[SteeringResult]) -> tuple[float, float]:
+    """The axis of P(success): from 0 to the highest interval."""
+    top = max(float(result.intervals.max()) for result in results)
+    return -0.03 * top, min(1.0, top) * 1.04
 
 
 def _finish(axes: Any, *, has_legend: bool = True) -> None:

@@ -209,7 +209,8 @@ def _sampled(
     """The completions of each coefficient: rows of all of them side by side, in steps of one shape."""
     n_rows = len(coefficients) * sampling.n_samples
     of_row = np.repeat(coefficients, sampling.n_samples)
-    n_side_by_side = min(sampling.rows_per_step, n_rows)
+    n_steps = -(-n_rows // sampling.rows_per_step)
+    n_side_by_side = -(-n_rows // n_steps)
     key = jax.random.key(sampling.seed)
     texts: list[str] = []
     with tqdm(total=n_rows, desc="rollouts", unit="text", disable=None if progress else True, leave=False) as bar:
