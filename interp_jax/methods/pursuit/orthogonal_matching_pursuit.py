@@ -11,8 +11,9 @@ one, an active set is searched from the coefficients of the step before.
 >>> pursued.indices.tolist(), [f"{value:.2f}" for value in pursued.values[0]]
 ([[1, 0]], ['1.25', '0.25'])
 
-Sharp edges: a signal stops once the best atom is in the span of those it has, to the digits of its dtype: what is left
-is rounding then. With `is_nonneg` an atom whose coefficient is 0 at the minimum keeps its slot and may come back.
+Sharp edges: without a sign a signal stops once the best atom is nearly in the span of those it has: the part of it that
+is new is at most 8 sqrt(eps) of it, 0.003 in float32 (0.0000001 in float64). With `is_nonneg` an atom whose coefficient
+is 0 at the minimum keeps its slot and may come back.
 
 Source: Pati, Rezaiifar & Krishnaprasad 1993.
 """
