@@ -83,7 +83,7 @@ def test_what_is_spliced_is_what_a_loop_in_numpy_makes_of_the_site(tiny_llama, k
     np.testing.assert_allclose(edited, tiny_llama.intervene(tokens, {site: moved}), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", [OrthogonalMatchingPursuit, MatchingPursuit])
+@pytest.mark.parametrize("kind", [MatchingPursuit, pytest.param(OrthogonalMatchingPursuit, marks=pytest.mark.slow)])
 def test_an_orthonormal_dictionary_with_all_its_atoms_leaves_the_model_as_it_is(kind, tiny_llama, rng):
     tokens, b_dec = tokens_of(rng), rng.normal(size=D).astype(np.float32)
     ito = encoder(kind(is_nonneg=False), orthonormal(rng), k=D, b_dec=b_dec, read=Site(0, "mlp_out"))
@@ -184,6 +184,7 @@ def test_signals_of_nothing_and_signals_that_are_no_numbers(key):
     assert np.isfinite(last).all() and (last != 2.0).any()
 
 
+@pytest.mark.slow
 def test_an_evaluation_takes_it_as_it_takes_an_sae(tiny_llama, key, rng):
     site, tokens = Site(1, "mlp_out"), tokens_of(rng)
     ito = encoder(MatchingPursuit(), random_dictionary(key, n_atoms=40, d=D), k=6, read=site)
