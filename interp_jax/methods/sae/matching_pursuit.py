@@ -10,8 +10,8 @@ gradient; the coefficients have.
 >>> [f"{value:.3f}" for value in variant.encode(params, jnp.ones((1, 2)))[0]]
 ['0.160', '1.304']
 
-Sharp edges: decoder rows must have norm 1, or a step overshoots. With `is_nonneg=False` latents may be below 0,
-and what counts latents as "fired" counts those above 0 only.
+Sharp edges: decoder rows must have norm 1, or a step overshoots. With `is_nonneg=False` latents may be below 0:
+training counts those above 0 as fired, evaluation all that are not 0.
 
 Source: Costa et al. 2025, From Flat to Hierarchical (MP-SAE); Mallat & Zhang 1993 for the pursuit.
 """

@@ -114,14 +114,14 @@ def test_two_layers_compound_as_in_a_loop_by_hand_in_and_out_of_jit(tiny_llama, 
     edits[sites[1]] = np.asarray(second.reconstruct(seen["x"]))
     np.testing.assert_allclose(logits, tiny_llama.intervene(tokens, edits), rtol=1e-3, atol=1e-3)
 
-    traced = []
+    traced, common = [], int(tokens[1, 3])
 
     @jax.jit
     def compiled(coders, tokens):
         traced.append(1)
-        return spliced_logits(tiny_llama, coders, tokens, n_untouched=1)
+        return spliced_logits(tiny_llama, coders, tokens, n_untouched=1, untouched_tokens=[common])
 
-    expected = spliced_logits(tiny_llama, [first, second], tokens, n_untouched=1)
+    expected = spliced_logits(tiny_llama, [first, second], tokens, n_untouched=1, untouched_tokens=[common])
     np.testing.assert_allclose(compiled([first, second], tokens), expected, rtol=1e-3, atol=1e-3)
     # Another dictionary is another argument, not another program.
     other = encoder(MatchingPursuit(), random_dictionary(key, n_atoms=40, d=D), k=4, read=sites[0])
