@@ -51,11 +51,11 @@ def same(left: Any, right: Any, *, atol: float = 0.0) -> None:
 
 def test_what_comes_out(problem: tuple[jax.Array, jax.Array]) -> None:
     signals, dictionary = problem
+    found = pursue(GP, signals, dictionary, K, prefixes=(4, 0, K))
     with count_compilations() as new:
-        found = pursue(GP, signals, dictionary, K, prefixes=(4, 0, K))
-        again = pursue(GP, 2 * signals, dictionary, K, prefixes=(4, 0, K), tolerance=0.1)
-    assert [compilation.name for compilation in new].count("pursuit.pursue") == 1
-    assert again.prefix_values is not None
+        stopped = pursue(GP, signals, dictionary, K, prefixes=(4, 0, K), tolerance=1e6)
+    assert [compilation.name for compilation in new] == []
+    assert (stopped.values == 0).all()
     assert found.indices.dtype == jnp.int32
     assert found.values.dtype == found.residual.dtype == jnp.float32
     assert found.indices.shape == found.values.shape == (N_BATCH, K)
@@ -101,9 +101,11 @@ def test_no_steps_and_no_signals(pursuit: Pursuit, problem: tuple[jax.Array, jax
 def test_half_width_numbers_are_taken_as_they_are(problem: tuple[jax.Array, jax.Array]) -> None:
     signals, dictionary = (array.astype(jnp.bfloat16) for array in problem)
     wide = pursue(GP, signals.astype(jnp.float32), dictionary.astype(jnp.float32), K, prefixes=(4, 0, K))
-    for narrow in (pursue(GP, signals.astype(jnp.float32), dictionary, K), pursue(GP, signals, dictionary, K)):
-        assert narrow.values.dtype == narrow.residual.dtype == jnp.float32
-        same(narrow, wide, atol=1e-6)
+    narrow = pursue(GP, signals, dictionary, K)
+    assert narrow.values.dtype == narrow.residual.dtype == jnp.float32
+    assert (narrow.indices == wide.indices).all()
+    np.testing.assert_allclose(narrow.values, wide.values, atol=1e-6)
+    np.testing.assert_allclose(narrow.residual, wide.residual, atol=1e-6)
     assert reconstruct(wide.indices, wide.values, dictionary).dtype == jnp.float32
 
 
@@ -173,17 +175,11 @@ class TestTransformations:
             alone = pursue(pursuit, signals, dictionary, K, tolerance=tolerance)
             same(jax.tree.map(lambda leaf: leaf[row], found), alone, atol=1e-5)  # noqa: B023 - called at once
 
-    def test_an_atom_that_is_not_finite_shows_in_a_trace_too(self, problem: tuple[jax.Array, jax.Array]) -> None:
-        signals, dictionary = problem
-        found = jax.jit(lambda atoms: pursue(GP, signals, atoms, K))(dictionary.at[3, 1].set(jnp.nan))
-        assert np.isnan(np.asarray(found.values)).any() or (np.asarray(found.indices) != 3).all()
-
 
 class TestDevices:
     @pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
     def test_atoms_cut_in_two(self, axes: AxisType, problem: tuple[jax.Array, jax.Array]) -> None:
         signals, dictionary = problem
-        dictionary = dictionary.at[N_ATOMS // 2 :].set(dictionary[: N_ATOMS // 2])
         mesh = jax.make_mesh((2,), ("atoms",), axis_types=(axes,))
         cut = jax.device_put(dictionary, NamedSharding(mesh, PartitionSpec("atoms")))
         same(
