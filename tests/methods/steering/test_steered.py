@@ -219,13 +219,14 @@ def test_sizes_at_every_new_token(tiny_llama, rng) -> None:
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
 def test_what_cannot_be_steered(tiny_llama, vector, change: dict, error, words) -> None:
-    vectors, coefficient = change.pop("vectors", vector), change.pop("coefficient", 1.0)
+    given = {"vectors": vector, "coefficient": 1.0} | change
+    vectors, coefficient = given.pop("vectors"), given.pop("coefficient")
     with pytest.raises(error) as raised:
         steered_generation(
-            tiny_llama, PROMPT, vectors, coefficient=coefficient, sampling=dataclasses.replace(GREEDY, **change)
+            tiny_llama, PROMPT, vectors, coefficient=coefficient, sampling=dataclasses.replace(GREEDY, **given)
         )
     for word in [*words, "Fix:"]:
         assert word in str(raised.value)
-    if not change:
+    if not given:
         with pytest.raises(error):
             steered_logits(tiny_llama, PROMPT, vectors, coefficient=coefficient)
