@@ -35,6 +35,8 @@ def agreement_figure(agreement: EncoderAgreement, *, title: str = "") -> Figure:
     Returns:
         The figure; `.savefig(path)` writes it.
     """
+    from matplotlib.ticker import LogLocator, NullLocator
+
     first, second = agreement.names
     with drawing(9.2, 4.9) as figure:
         correlations = figure.add_axes((0.075, 0.13, 0.4, 0.56))
@@ -58,6 +60,10 @@ def agreement_figure(agreement: EncoderAgreement, *, title: str = "") -> Figure:
             ends = np.array([min(one.min(), other.min()) / 1.5, max(one.max(), other.max()) * 1.5])
             smallest.plot(ends, ends, color=QUIET, linewidth=0.9, zorder=1)
             smallest.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+            for axis in (smallest.xaxis, smallest.yaxis):
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.set_major_formatter(lambda value, _: f"{value:g}")
+                axis.set_minor_locator(NullLocator())
         share = f"{np.mean(other > one):.0%} above the line" if len(one) else "none by both"
         smallest.set_title(f"{len(one)} latents, {share}", fontsize=8.5, color=INK, loc="left", parse_math=False, pad=4)
         smallest.set_xlabel(f"smallest activation by {first}", fontsize=9, color=QUIET, parse_math=False)

@@ -30,7 +30,7 @@ PANELS = ("dictionary", "encoder")
 _MARKERS = ("o", "s", "^", "D", "v")
 _COLOURS = (*SERIES, "#b0386a")
 _LOWEST = -0.05
-_PANEL_INCHES, _LEFT, _TOP, _LEGEND = 2.55, 0.85, 1.35, 0.75
+_PANEL_INCHES, _LEFT, _TOP, _LEGEND = 2.55, 0.85, 1.35, 0.5
 
 
 def sparsity_figure(
@@ -56,7 +56,7 @@ def sparsity_figure(
     series = list(dict.fromkeys(line for _, line, *_ in rows))
     every = np.concatenate([recovered for *_, recovered in rows])
     n_low, n_without = int((every < _LOWEST).sum()), int(np.isnan(every).sum())
-    width, height = _LEFT + _PANEL_INCHES * len(columns) + 0.15, 6.6
+    width, height = _LEFT + _PANEL_INCHES * len(columns) + 0.15, 6.35
     width = max(width, 5.6)
     with drawing(width, height) as figure:
         panel_height = (height - _TOP - _LEGEND - 0.75) / 2
