@@ -22,10 +22,10 @@ under every pursuit, at 32 that of k = 32 by a hair, never that of k = 96, which
     GP, random atoms        .362            .386            .425            .521
 
 That pursuits beat the encoder does hold, at every sparsity and with each dictionary, the more the fewer latents are
-used of those it was trained with. At its own sparsity the encoder of k = 8 costs 0.69 nats and gradient pursuit 0.53; of
-k = 32, 0.29 and 0.17. Which pursuit hardly matters: gradient pursuit's FVU is within 0.002 of orthogonal pursuit's, and
-matching pursuit's is up to 0.04 higher, which costs the predictions 0.02 nats at 32 latents, and at 4 and 8 mostly less
-than nothing (up to 0.11 better).
+used of those it was trained with. At its own sparsity the encoder of k = 8 costs 0.69 nats and gradient pursuit 0.53;
+of k = 32, 0.29 and 0.17. Which pursuit hardly matters: gradient pursuit's FVU is within 0.002 of orthogonal
+pursuit's, and matching pursuit's is up to 0.04 higher, which costs the predictions 0.02 nats at 32 latents, and at 4
+and 8 mostly less than nothing (up to 0.11 better).
 
 Encoder and gradient pursuit agree less the more latents there are: median correlation 0.84, 0.68 and 0.52 for k = 8,
 32 and 96, and 0.19, -0.23 and -0.31 in the low half. The pursuit's smallest coefficients are the larger ones for 48, 70
