@@ -58,7 +58,8 @@ class ConjugateGradientPursuit(Pursuit):
         return Previous(jnp.zeros((len(signals), k), signals.dtype), jnp.zeros_like(signals))
 
     def update(self, signals: jax.Array, state: State, choice: Choice) -> Update:
-        """A conjugate step over the atoms of `state` and the `choice`, towards `signals`."""
+        """A conjugate step over the atoms of `state` and the `choice`, towards `signals`, by what is left of them."""
+        del signals
         previous: Previous = state.memory
         is_moving = in_support(state, choice, is_nonneg=self.is_nonneg)
         gradient = jnp.where(is_moving, products(state.atoms, state.residual), 0)
@@ -67,7 +68,7 @@ class ConjugateGradientPursuit(Pursuit):
         overlap = (moved * previous.moved).sum(axis=1, keepdims=True)
         share = jnp.where(length > 0, -overlap / jnp.where(length > 0, length, jnp.ones_like(length)), 0)
         direction, moved = gradient + share * previous.direction, moved + share * previous.moved
-        found = line_search(signals, state, direction, gradient, moved, is_nonneg=self.is_nonneg)
+        found = line_search(state, direction, gradient, moved, is_nonneg=self.is_nonneg)
         goes_on = ~found.is_cut[:, None]
         memory = Previous(jnp.where(goes_on, direction, 0), jnp.where(goes_on, moved, 0))
-        return Update(found.values, found.residual, memory, found.is_flat)
+        return Update(found.values, found.residual, memory, found.is_cut, found.is_flat)

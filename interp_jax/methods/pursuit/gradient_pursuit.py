@@ -50,9 +50,10 @@ class GradientPursuit(Pursuit):
             in_support(state, choice, is_nonneg=self.is_nonneg), products(state.atoms, state.residual), 0
         )
         moved = combination(gradient, state.atoms)
-        found = line_search(signals, state, gradient, gradient, moved, is_nonneg=self.is_nonneg)
+        found = line_search(state, gradient, gradient, moved, is_nonneg=self.is_nonneg)
         is_stuck = found.is_flat
         if self.guard:
-            before, after = (jnp.square(residual).sum(axis=1) for residual in (state.residual, found.residual))
+            left = signals - combination(found.values, state.atoms)
+            before, after = (jnp.square(residual).sum(axis=1) for residual in (state.residual, left))
             is_stuck |= found.is_cut & (after >= before)
-        return Update(found.values, found.residual, None, is_stuck)
+        return Update(found.values, found.residual, None, found.is_cut, is_stuck)

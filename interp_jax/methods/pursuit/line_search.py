@@ -16,9 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from interp_jax.methods.pursuit.atoms import combination
 from interp_jax.methods.pursuit.pursuit import State
 
 
@@ -27,8 +25,8 @@ class Found(NamedTuple):
 
     Args:
         values: `[batch, k]`.
-        residual: `[batch, d]`.
-        is_cut: Whose step was cut off at 0, `[batch]`.
+        residual: What the whole step leaves, `[batch, d]`.
+        is_cut: Whose step was cut off at 0, and leaves something else, `[batch]`.
         is_flat: Whose direction changes nothing, so that there is no best step, `[batch]`.
     """
 
@@ -39,7 +37,6 @@ class Found(NamedTuple):
 
 
 def line_search(
-    signals: jax.Array,
     state: State,
     direction: jax.Array,
     gradient: jax.Array,
@@ -50,7 +47,6 @@ def line_search(
     """The best step from `state` along a direction.
 
     Args:
-        signals: `[batch, d]`.
         state: Where the pursuit stands.
         direction: `p`, `[batch, k]`.
         gradient: `g`, the products of the atoms that move with the residual, `[batch, k]`.
@@ -65,13 +61,5 @@ def line_search(
     step = (direction * gradient).sum(axis=1, keepdims=True) / jnp.where(is_flat, jnp.ones_like(length), length)
     values, residual = state.values + step * direction, state.residual - step * moved
     if not is_nonneg:
-        return Found(values, residual, jnp.zeros(len(values), bool), is_flat[:, 0])
-    is_cut = (values < 0).any(axis=1)
-    values = jnp.maximum(values, 0)
-    # Seldom any of the batch: the exact residual costs another pass over all the atoms.
-    residual = lax.cond(
-        is_cut.any(),
-        lambda: jnp.where(is_cut[:, None], signals - combination(values, state.atoms), residual),
-        lambda: residual,
-    )
-    return Found(values, residual, is_cut, is_flat[:, 0])
+        return Found(values, residual, jnp.zeros_like(is_flat[:, 0]), is_flat[:, 0])
+    return Found(jnp.maximum(values, 0), residual, (values < 0).any(axis=1), is_flat[:, 0])

@@ -47,4 +47,5 @@ class MatchingPursuit(Pursuit):
         values = state.values + jnp.where(choice.is_slot, products, jnp.zeros_like(products))
         # The product that chose the atom was above 0; this one was summed in another order.
         is_stuck = products[:, 0] <= 0 if self.is_nonneg else products[:, 0] == 0
-        return Update(values, state.residual - products * choice.atom, None, is_stuck)
+        is_stale = jnp.zeros_like(is_stuck)
+        return Update(values, state.residual - products * choice.atom, None, is_stale, is_stuck)

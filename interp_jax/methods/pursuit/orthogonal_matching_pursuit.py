@@ -69,7 +69,8 @@ class OrthogonalMatchingPursuit(Pursuit):
         is_stuck = ~lax.dynamic_index_in_dim(choice.is_slot, choice.step, axis=1, keepdims=False)
         solve = self._with_sign if self.is_nonneg else self._without_sign
         values, memory, is_dependent = solve(signals, state, choice)
-        return Update(values, signals - combination(values, state.atoms), memory, is_stuck | is_dependent)
+        residual = signals - combination(values, state.atoms)
+        return Update(values, residual, memory, jnp.zeros_like(is_stuck), is_stuck | is_dependent)
 
     def _with_sign(self, signals: jax.Array, state: State, choice: Choice) -> tuple[jax.Array, Normal, jax.Array]:
         gram, linear = state.memory

@@ -343,9 +343,11 @@ def _step(
     update = pursuit.update(signals, entered, choice)
 
     is_done |= update.is_stuck
+    # Seldom any: it takes another pass over all the atoms.
+    is_stale = update.is_stale | (number % _N_DRIFT == _N_DRIFT - 1)
     residual = lax.cond(
-        number % _N_DRIFT == _N_DRIFT - 1,
-        lambda: signals - combination(update.values, entered.atoms),
+        is_stale.any(),
+        lambda: jnp.where(is_stale[:, None], signals - combination(update.values, entered.atoms), update.residual),
         lambda: update.residual,
     )
     return State(

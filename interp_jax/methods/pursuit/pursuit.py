@@ -63,12 +63,14 @@ class Update(NamedTuple):
         values: `[batch, k]`.
         residual: `[batch, d]`.
         memory: As in `State`.
+        is_stale: Which residuals do not go with the values, and are to be computed afresh, `[batch]`.
         is_stuck: Which signals cannot be brought further, `[batch]`: for them all this is dropped, and they stop.
     """
 
     values: jax.Array
     residual: jax.Array
     memory: Any
+    is_stale: jax.Array
     is_stuck: jax.Array
 
 
