@@ -66,7 +66,8 @@ def sweep_figure(sweep: SAESweep, *, panels: Sequence[str] = tuple(PANELS), titl
         )
     places, tables = sweep.table("l0"), {number: sweep.table(number) for number in panels}
     n_seeds = len({row.seed for row in sweep.rows})
-    width, height, left, legend = 0.9 + 3.7 * len(panels) + 2.3, 4.6, 0.8, 2.3
+    height, left, legend = 4.6, 0.8, 0.75 + 0.08 * max(len(name) for name in sweep.names)
+    width = 0.4 + 3.7 * len(panels) + legend
     with drawing(width, height) as figure:
         for index, number in enumerate(panels):
             x = (left + 3.7 * index) / width
@@ -119,10 +120,10 @@ def _draw(axes: Any, l0: np.ndarray, values: np.ndarray, place: int, *, label: s
 
 
 def _finish(axes: Any) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_axisbelow(True)
     axes.grid(color=LINE, linewidth=0.7)

@@ -69,7 +69,7 @@ class SweepSetup:
     batch_size: int = 128
     learning_rate: float = 5e-3
     coefficients: tuple[float, ...] = (0.05, 0.15, 0.4)
-    seeds: tuple[int, ...] = (0, 1)
+    seeds: tuple[int, ...] = (0,)
     dead_after_steps: int = 40
     n_held_out: int = 8
     directory: str = "runs/sae_sweeps"
