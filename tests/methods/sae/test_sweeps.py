@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from interp_jax.core.errors import InterpError, InvalidInputError, UnknownNameError
+from interp_jax.core.sites import Site
 from interp_jax.data.text_streams import packed_rows
 from interp_jax.forward.batch_streams import ArrayStream
-from interp_jax.methods.sae import GhostGrads, ReLU, StepRule, TrainConfig, evaluate_sae, train
+from interp_jax.methods.sae import GhostGrads, ReLU, StepRule, TrainConfig, evaluate_each, evaluate_sae, train
 from interp_jax.methods.sae.sweep_setup import SweepSetup, run_sweep, written_once
 from interp_jax.methods.sae.sweeps import SAESweep, SweepRow, mean_and_spread, sweep_saes
 
@@ -56,6 +57,10 @@ def test_each_sae_is_the_one_trained_and_evaluated_alone(sweep, tiny_llama, toke
         assert row.evaluation.numbers() == pytest.approx(expected.numbers(), rel=1e-5, abs=1e-6)
         np.testing.assert_array_equal(row.evaluation.reconstruction.n_fired, expected.reconstruction.n_fired)
         assert row.n_dead == trained.log[-1]["n_dead"][number]
+    moved = dataclasses.replace(trained.saes[0], read=Site(2, "mlp_out"))
+    for saes, given in (([trained.saes[0], moved], "2 sites were given: 1.mlp_out -> 1.mlp_out, 2."), ([], "0 sites")):
+        with pytest.raises(InvalidInputError, match=rf"SAEs of {given}[\s\S]*Expected:[\s\S]*Fix:"):
+            evaluate_each(tiny_llama, saes, tokens, progress=False)
 
 
 def test_ways_and_seeds_differ(sweep):
