@@ -244,7 +244,8 @@ def test_a_signal_stops_at_its_tolerance(pursuit: Pursuit, rng: np.random.Genera
         reached = np.flatnonzero(after[:, row] <= tolerance)
         last = reached[0] if len(reached) else K
         np.testing.assert_allclose(stopped.after[: last + 1, row], freely.after[: last + 1, row], atol=1e-9)
-        assert (stopped.after[last:, row] == stopped.after[last, row]).all()
+        # Least squares are refined anew for each prefix, which on some versions of XLA rounds otherwise.
+        np.testing.assert_allclose(stopped.after[last:, row], stopped.after[[last] * (K + 1 - last), row], atol=1e-13)
         assert (stopped.indices[row, last:] == -1).all()
 
 
