@@ -2,21 +2,30 @@
 
 Question: a steering vector from two prompts makes SmolLM2 speak of weddings, or speak in anger, more often, and predict
 ordinary text worse. Over coefficients and layers, what does each method pay for how much success: the raw difference,
-its reconstruction by a sparse autoencoder, the few latents that contribute most, and the raw difference with what dense
-latents write projected out?
+its reconstruction by a sparse autoencoder, the few latents that contribute most, and the raw difference with what the
+most frequent latents write projected out?
 
 Expected: the raw difference at a middle layer reaches furthest; a few latents reach nearly as far at less loss, if the
-autoencoder has seen texts like the prompts; dense latents can be projected out at no cost.
+autoencoder has seen texts like the prompts; frequent latents say little and can be projected out at no cost.
 
-Found: with the raw difference times 4, two of four completions speak of weddings at layer 12, and none at layers 4, 8
-and 16.
+Found: steered to weddings, SmolLM2-135M speaks of them in 3 of 16 completions with the raw difference at layer 12,
+times 1, at a loss of 2.95 nats per token (2.84 unsteered, then 0 of 16), in 2 at layers 16 and 4 (times 2, 2.97 and
+3.10), in 1 at layer 8 (times 1, 2.99); harder steering costs more (3.20 and 3.43 at layer 12, times 4 and 6) and
+gives no more. With what the five most frequent latents write projected out it is 4 of 16 (times 4, 3.18), at each
+coefficient at a little less loss than without; the intervals overlap (.10 to .50, .07 to .43). The small dictionary
+leaves 0.48 of the difference unexplained, and neither its reconstruction nor its ten strongest latents, of which two
+are on at " weddings", make the model speak of one (0 of 16 at each coefficient). No latent is on for more than half
+of the tokens. Anger: one completion of 16 at layer 4, times 4 ("a complete idiot"), at a loss of 3.06 (2.96
+unsteered), none at layers 8 to 16 nor by latents. So what was expected of a few latents does not show here; 16
+completions tell large effects only. Ten minutes of processor time.
 
 >>> Config().studies, sorted(STUDIES)
 (('weddings', 'anger'), ['anger', 'weddings'])
 
 Sharp edges: without `sae` a small dictionary is trained on the spot, on the same text the loss is measured on (other
 documents of it): Python's documentation, in which nobody marries. The vocabularies are short and miss much. SmolLM2 is
-small; what it says under steering is often neither on the subject nor sensible.
+small; what it says under steering is often neither on the subject nor sensible. GPT-2 XL, on which the original settings
+were found (layers 6 and 20 of 48), is one flag away (`--model`), and has not been run: its weights were not at hand.
 
 Source: Turner et al. 2023 (2308.10248) for prompts and sampling.
 """
@@ -124,7 +133,7 @@ class Config:
 
     model: str = "smollm2-135m"
     studies: tuple[str, ...] = ("weddings", "anger")
-    layers: tuple[int, ...] = (8, 12, 16)
+    layers: tuple[int, ...] = (4, 8, 12, 16)
     sae_layer: int = 12
     coefficients: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0, 6.0)
     k_top: int = 10
@@ -371,7 +380,7 @@ def latent_vectors(config: Config, pair: PromptPair, latents: LatentDifference) 
     return [
         pair.vector(latents.reconstruction, name="SAE reconstruction"),
         pair.vector(latents.top(config.k_top, include_negative=True), name=f"top {config.k_top} latents"),
-        pair.vector(project_out(pair.difference, latents.W_dec[frequent]), name="dense projected out"),
+        pair.vector(project_out(pair.difference, latents.W_dec[frequent]), name="frequent latents out"),
     ]
 
 

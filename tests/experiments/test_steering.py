@@ -66,7 +66,7 @@ def test_a_study_from_text_to_figures(config, tiny_llama, trained, tmp_path) -> 
         ("raw difference", ("2.resid_pre",)),
         ("SAE reconstruction", at),
         ("top 3 latents", at),
-        ("dense projected out", at),
+        ("frequent latents out", at),
     ]
     # Unsteered, all are the same model on the same text.
     assert len({sweep.loss[0] for sweep in found.sweeps}) <= 2
