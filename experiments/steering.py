@@ -23,9 +23,10 @@ completions tell large effects only. Ten minutes of processor time.
 (('weddings', 'anger'), ['anger', 'weddings'])
 
 Sharp edges: without `sae` a small dictionary is trained on the spot, on the same text the loss is measured on (other
-documents of it): Python's documentation, in which nobody marries. The vocabularies are short and miss much. SmolLM2 is
-small; what it says under steering is often neither on the subject nor sensible. GPT-2 XL, on which the original settings
-were found (layers 6 and 20 of 48), is one flag away (`--model`), and has not been run: its weights were not at hand.
+documents of it): Python's documentation, in which nobody marries. The vocabularies are short and miss much. SmolLM2
+is small; what it says under steering is often neither on the subject nor sensible. GPT-2 XL, on which the original
+settings were found (layers 6 and 20 of 48), is one flag away (`--model`), and has not been run: its weights were not
+at hand.
 
 Source: Turner et al. 2023 (2308.10248) for prompts and sampling.
 """
