@@ -1,15 +1,15 @@
 """Which of many rows has the largest inner product with each vector, without a table of all the products.
 
 The product is the smaller part of the work if one asks for an argmax of it: on a CPU XLA takes as long again to find
-it. Here the rows come in pieces whose products stay in the cache. Of a piece first the maximum of each block is taken,
-which is vectorised, and then the argmax of the maxima and of one block.
+it. Here the rows come in pieces of bounded size. Of a piece first the maximum of each block is taken, which is
+vectorised, and then the argmax of the maxima and of one block.
 
 >>> best = best_rows(jnp.array([[1.0, 1.0], [-2.0, 0.0]]), jnp.array([[1.0, 0.0], [0.5, 0.75]]), is_signed=True)
 >>> best.indices.tolist(), best.products.tolist()
 ([1, 0], [1.25, -2.0])
 
-Sharp edges: of equal products the row that comes first wins. Neither result has a gradient. A product that is NaN is
-never the best; if all are, the index is some row's and the product NaN or -inf.
+Sharp edges: of equal products the row that comes first wins. Neither result has a gradient. Numbers are to be
+finite: a product that is NaN may win or lose.
 
 Source: interp_jax.
 """
@@ -158,8 +158,8 @@ def best_rows_across(
 
 
 def _piece(n_vectors: int, n: int) -> int:
-    """How many rows at once: as many as leave a CPU's cache to the products, or give an accelerator enough to do."""
-    at_once = 2**19 if jax.default_backend() == "cpu" else 2**26
+    """How many rows at once: a piece is copied, so as few pieces as keep their products in a large cache."""
+    at_once = 2**22 if jax.default_backend() == "cpu" else 2**26
     n_piece = max(at_once // max(n_vectors, 1), 2048) // _N_BLOCK * _N_BLOCK
     return n if n <= n_piece else n_piece
 

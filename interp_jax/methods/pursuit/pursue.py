@@ -369,6 +369,8 @@ def _unit_atoms(dictionary: jax.Array, scales: jax.Array, indices: jax.Array) ->
 
 def _inverse_norms(dictionary: jax.Array, dtype: Any) -> jax.Array:
     """One over the norms of the atoms, `[n_atoms]`; 0 for an atom of zeros."""
+    # Of a dictionary that is a constant of the program XLA would find the norms while it compiles, which takes minutes.
+    dictionary = lax.optimization_barrier(dictionary)
     largest = jnp.abs(dictionary).max(axis=1, initial=0).astype(dtype)
     is_zero = largest < jnp.finfo(dtype).tiny
     largest = lax.stop_gradient(jnp.where(is_zero, jnp.ones_like(largest), largest))
