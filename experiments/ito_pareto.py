@@ -61,7 +61,7 @@ from interp_jax.core.errors import InvalidInputError, four_part
 from interp_jax.data.text_streams import Packed, pack
 from interp_jax.figures.encoder_agreement import agreement_figure
 from interp_jax.figures.sparsity_sweep import sparsity_figure
-from interp_jax.forward.activation_files import write_activations
+from interp_jax.forward.activation_files import written_once
 from interp_jax.forward.shards import ShardStream
 from interp_jax.forward.sparse_coder import SparseCoder
 from interp_jax.methods.encoder_agreement import EncoderAgreement, encoder_agreement
@@ -270,10 +270,7 @@ def _trained(config: Config, lm: LanguageModel, text: Packed, k: int, directory:
     target = directory / f"k_{k}"
     if target.exists():
         return load_sae(target)
-    activations = directory / "activations"
-    if not activations.exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        write_activations(lm, text, config.site, activations, seed=config.seed)
+    activations = written_once(lm, text, config.site, directory, seed=config.seed)
     stream = ShardStream(activations, batch_size=config.batch_size, seed=config.seed)
     rule = StepRule(
         TopK(k),

@@ -31,6 +31,7 @@ from interp_jax.data.text_streams import Packed, pack
 from interp_jax.figures.sae_evaluation import density_figure, evaluation_page
 from interp_jax.figures.sae_site import write_site
 from interp_jax.figures.sae_training import training_figure
+from interp_jax.forward.activation_files import written_once
 from interp_jax.forward.batch_streams import BatchStream
 from interp_jax.forward.direct_stream import DirectStream
 from interp_jax.forward.shards import ShardStream
@@ -40,7 +41,6 @@ from interp_jax.methods.sae.architecture import Architecture
 from interp_jax.methods.sae.dashboard import latent_dashboard
 from interp_jax.methods.sae.evaluation import SAEEvaluation, evaluate_sae
 from interp_jax.methods.sae.files import save_sae
-from interp_jax.methods.sae.sweep_setup import written_once
 from interp_jax.models.loading import load
 
 if TYPE_CHECKING:

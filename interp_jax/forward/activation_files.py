@@ -186,6 +186,31 @@ def write_activations(
     return target
 
 
+def written_once(lm: LanguageModel, packed: Packed, sites: Selector, directory: str | Path, *, seed: int = 0) -> Path:
+    """The activations of a text on disk, written unless they are there.
+
+    Args:
+        lm: The model.
+        packed: The text.
+        sites: Which sites.
+        directory: The folder they are in, or are to be in, under a name that says which they are.
+        seed: Of the shards' contents, if they are written now.
+
+    Returns:
+        What `ShardStream` reads.
+
+    Raises:
+        UnknownNameError: The model has no such site.
+        InvalidInputError: The text is empty.
+    """
+    digest = hashlib.sha256(f"{lm.name} {sites} {packed.fingerprint}".encode()).hexdigest()[:8]
+    folder = Path(directory) / f"activations_{digest}"
+    if not folder.exists():
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        write_activations(lm, packed, sites, folder, seed=seed)
+    return folder
+
+
 def _count_rows(packed: Packed, keep: Keep) -> int:
     step = max(1, 2**20 // packed.rule.n_ctx)
     special = packed.rule.special_tokens

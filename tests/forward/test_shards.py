@@ -22,7 +22,7 @@ import pytest
 from interp_jax.core.errors import ExportError, InvalidInputError, LoadError
 from interp_jax.data.text_streams import packed_rows
 from interp_jax.forward import activation_files
-from interp_jax.forward.activation_files import MANIFEST, read_manifest, write_activations
+from interp_jax.forward.activation_files import MANIFEST, read_manifest, write_activations, written_once
 from interp_jax.forward.shards import ShardStream
 from interp_jax.forward.site_values import Keep
 from interp_jax.models.language_model import LanguageModel
@@ -227,3 +227,13 @@ def test_the_manifest_can_be_read_by_a_person(rows: Path) -> None:
     document = json.loads((rows / MANIFEST).read_text())
     assert document["keep"] == "Keep(first_position=1, special_tokens=False)"
     assert set(document) == {"format", *read_manifest(rows)._fields}
+
+
+def test_activations_are_written_once(tmp_path: Path) -> None:
+    folder = written_once(TELLING, numbered(5), "embed", tmp_path / "new")
+    manifest = (folder / MANIFEST).stat().st_mtime_ns
+    assert written_once(TELLING, numbered(5), "embed", tmp_path / "new") == folder
+    assert (folder / MANIFEST).stat().st_mtime_ns == manifest
+    others = {written_once(TELLING, numbered(5), "mlp_out", tmp_path / "new")}
+    others.add(written_once(TELLING, numbered(6), "embed", tmp_path / "new"))
+    assert len(others - {folder}) == 2

@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from interp_jax.core.errors import InvalidInputError, four_part
-from interp_jax.data.text_streams import Packed, pack
-from interp_jax.forward.activation_files import write_activations
+from interp_jax.data.text_streams import pack
+from interp_jax.forward.activation_files import written_once
 from interp_jax.forward.shards import ShardStream
 from interp_jax.methods.sae.architecture import Architecture
 from interp_jax.methods.sae.resampling import Redraw, Resample
@@ -151,28 +151,3 @@ def run_sweep(
         n_untouched=1,
         progress=progress,
     )
-
-
-def written_once(lm: LanguageModel, packed: Packed, site: str, directory: str | Path, *, seed: int = 0) -> Path:
-    """The activations of a text on disk, written unless they are there.
-
-    Args:
-        lm: The model.
-        packed: The text.
-        site: Which site.
-        directory: The folder they are in, or are to be in, under a name that says which they are.
-        seed: Of the shards' contents, if they are written now.
-
-    Returns:
-        What `ShardStream` reads.
-
-    Raises:
-        UnknownNameError: The model has no such site.
-        InvalidInputError: The text is empty.
-    """
-    digest = hashlib.sha256(f"{lm.name} {site} {packed.fingerprint}".encode()).hexdigest()[:8]
-    folder = Path(directory) / f"activations_{digest}"
-    if not folder.exists():
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        write_activations(lm, packed, site, folder, seed=seed)
-    return folder

@@ -9,10 +9,9 @@ import pytest
 
 from interp_jax.core.errors import InterpError, InvalidInputError, UnknownNameError
 from interp_jax.core.sites import Site
-from interp_jax.data.text_streams import packed_rows
 from interp_jax.forward.batch_streams import ArrayStream
 from interp_jax.methods.sae import GhostGrads, ReLU, StepRule, TrainConfig, evaluate_each, evaluate_sae, train
-from interp_jax.methods.sae.sweep_setup import SweepSetup, run_sweep, written_once
+from interp_jax.methods.sae.sweep_setup import SweepSetup, run_sweep
 from interp_jax.methods.sae.sweeps import SAESweep, SweepRow, mean_and_spread, sweep_saes
 
 SITE = "1.mlp_out"
@@ -151,15 +150,6 @@ def test_mistakes_are_named_before_anything_is_trained(tiny_llama, tokens, open_
 def test_numbers_go_by_name(sweep):
     with pytest.raises(UnknownNameError, match=r"Unknown number 'fvus' in SAESweep. Did you mean 'fvu'\?"):
         sweep.table("fvus")
-
-
-def test_activations_are_written_once(tiny_llama, tokens, tmp_path):
-    packed = packed_rows(tokens)
-    folder = written_once(tiny_llama, packed, SITE, tmp_path)
-    manifest = (folder / "manifest.json").stat().st_mtime_ns
-    assert written_once(tiny_llama, packed, SITE, tmp_path) == folder
-    assert (folder / "manifest.json").stat().st_mtime_ns == manifest
-    assert written_once(tiny_llama, packed, "0.mlp_out", tmp_path) != folder
 
 
 def test_too_little_text(tiny_llama, tmp_path):
