@@ -159,10 +159,22 @@ def untouched(rows: Any, *, tokens: Iterable[int] = (), n_first: int = 0) -> Any
 
     Returns:
         bool `[batch, pos]`, of NumPy unless the rows are traced.
+
+    Raises:
+        InvalidInputError: Not token ids, or not a number of tokens.
     """
+    ids = np.asarray(list(tokens) if isinstance(tokens, Iterable) else [tokens])
+    is_count = isinstance(n_first, int | np.integer) and not isinstance(n_first, bool) and n_first >= 0
+    if (ids.size and ids.dtype.kind not in "iu") or not is_count:
+        raise _refuse(
+            f"untouched_tokens={tokens!r:.60} and n_untouched={n_first!r} were given",
+            "what is left untouched",
+            "token ids, and a whole number from 0.",
+            "give untouched_tokens=(lm.tokenizer.bos_id,), n_untouched=1, say.",
+        )
     lib = jnp if isinstance(rows, Tracer) else np
     number = lib.cumsum(rows >= 0, axis=1)
-    return (rows < 0) | (number <= n_first) | lib.isin(rows, np.asarray(list(tokens), np.int64))
+    return (rows < 0) | (number <= n_first) | lib.isin(rows, ids.astype(np.int64))
 
 
 def spliced_passes(
@@ -225,6 +237,20 @@ def _flat(value: Any) -> Any:
     return value if value.ndim == 3 else value.reshape(*value.shape[:2], -1)
 
 
+def _edited(edit: Callable[[jax.Array], jax.Array], latents: jax.Array) -> jax.Array:
+    edited = edit(latents)
+    if np.shape(edited) != latents.shape:
+        raise ShapeError(
+            four_part(
+                f"An edit gave {list(np.shape(edited))}",
+                where="spliced_logits",
+                expected=f"all latents of all positions, {list(latents.shape)}.",
+                fix="return the latents with a part changed, such as f.at[:, -1].set(0.0).",
+            )
+        )
+    return edited
+
+
 def _blend(value: Any, new: Any, explained: Any, is_touched: Any) -> jax.Array:
     """`new` where it is touched, with what `explained` (None: all) leaves of `value` added to it."""
     if explained is not None:
@@ -284,7 +310,7 @@ def spliced_logits(
             explained = new = coder.reconstruct(x)
         else:
             latents = coder.encode(x)
-            explained, new = coder.decode(latents, x), coder.decode(edits[number](latents), x)
+            explained, new = coder.decode(latents, x), coder.decode(_edited(edits[number], latents), x)
         return blend(y, new, explained if keep_error else None, is_touched)
 
     return next(spliced_passes(lm, splice, rows, [replace]))

@@ -276,6 +276,7 @@ def _entries(coders: Coders, l0s: Sequence[int]) -> list[_Entry]:
             "a dictionary's name, and by the name of each encoder a coder.",
             'write {"mine": {"encoder": sae, "top-k": TopLatents(sae, 32)}}.',
         )
+    l0s = np.atleast_1d(np.asarray(l0s)).tolist()
     wrong = [n for n in l0s if not isinstance(n, int | np.integer) or isinstance(n, bool) or n < 1]
     if wrong or not l0s or len(set(l0s)) != len(l0s):
         raise _refuse(f"l0s = {tuple(l0s)!r} was given", "different whole numbers from 1.", "choose (4, 16, 64).")

@@ -69,7 +69,7 @@ def pursue(
     k: int,
     *,
     tolerance: Any = 0.0,
-    prefixes: Sequence[int] | None = None,
+    prefixes: Sequence[int] | np.ndarray | None = None,
 ) -> Pursued:
     """The sparse codes of signals over a dictionary, found in k steps.
 
@@ -89,8 +89,8 @@ def pursue(
         ShapeError: Signals or dictionary of the wrong shape or dtype, or of different widths.
     """
     signals, dictionary = _array(signals, "signals", "[batch, d]"), _array(dictionary, "dictionary", "[n_atoms, d]")
+    prefixes = None if prefixes is None else tuple(np.atleast_1d(np.asarray(prefixes)).tolist())
     _check(pursuit, signals, dictionary, k, prefixes)
-    prefixes = None if prefixes is None else tuple(int(n_steps) for n_steps in prefixes)
     is_traced = any(isinstance(value, Tracer) for value in (signals, dictionary, tolerance))
     if not is_traced:
         _check_values(dictionary, tolerance)
@@ -111,6 +111,7 @@ def dense_codes(indices: jax.Array, values: jax.Array, n_atoms: int) -> jax.Arra
     Returns:
         `[..., batch, n_atoms]`.
     """
+    _check_indices(indices, n_atoms, where="dense_codes")
     rows = jnp.arange(len(indices))[:, None]
     empty = jnp.zeros((*values.shape[:-1], n_atoms), values.dtype)
     return empty.at[..., rows, jnp.maximum(indices, 0)].add(values)
@@ -127,8 +128,23 @@ def reconstruct(indices: jax.Array, values: jax.Array, dictionary: jax.Array) ->
     Returns:
         `[..., batch, d]`, in the dtype of the values.
     """
+    _check_indices(indices, len(dictionary), where="reconstruct")
     atoms = dictionary[jnp.maximum(indices, 0)].astype(values.dtype)
     return jnp.einsum("...bk,bkd->...bd", values, atoms, precision=lax.Precision.HIGHEST)
+
+
+def _check_indices(indices: jax.Array, n_atoms: int, *, where: str) -> None:
+    """Refuse codes over another dictionary, as far as they can be looked at."""
+    if isinstance(indices, Tracer) or not indices.size or int(largest := indices.max()) < n_atoms:
+        return
+    raise InvalidInputError(
+        four_part(
+            f"Codes of atom {int(largest)} were given",
+            where=f"{where}, with {n_atoms} atoms",
+            expected=f"indices from 0 to {n_atoms - 1}, or -1.",
+            fix="use the dictionary that the codes were found with.",
+        )
+    )
 
 
 def _array(value: Any, name: str, shape: str) -> jax.Array:

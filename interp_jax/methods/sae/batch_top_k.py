@@ -49,7 +49,7 @@ class BatchThreshold(Architecture):
     def encode(self, params: Params, x: jax.Array) -> jax.Array:
         """The pre-activations of `x` under `params` that pass the threshold."""
         pre, _ = self.pre_activations(params, x)
-        return jnp.where(pre > params["threshold"], jax.nn.relu(pre), 0.0)
+        return jnp.where(pre <= params["threshold"], 0.0, jax.nn.relu(pre))
 
     def observed(self, params: Params, latents: Any, step: jax.Array) -> Params:
         """The `params` with the threshold after the `latents` of the batch of number `step`."""

@@ -32,9 +32,9 @@ _ROWS = 8
 
 @jax.custom_jvp
 def relu(pre: jax.Array, threshold: jax.Array | float = 0.0) -> jax.Array:
-    """`pre` where it is above 0 and at least `threshold`, else 0; the threshold has no gradient."""
+    """`pre` where it is above 0 and at least `threshold`, else 0; NaN stays NaN. The threshold has no gradient."""
     # Without the barrier XLA computes in the backward pass which are above 0 from `pre`, and keeps that.
-    return lax.optimization_barrier(jnp.where((pre > 0) & (pre >= threshold), pre, 0.0))
+    return lax.optimization_barrier(jnp.where((pre <= 0) | (pre < threshold), 0.0, pre))
 
 
 @relu.defjvp

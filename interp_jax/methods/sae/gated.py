@@ -94,7 +94,7 @@ def gated(linear: jax.Array, gate: jax.Array, r_mag: jax.Array, b_mag: jax.Array
 
 
 def _latents(linear: jax.Array, gate: jax.Array, r_mag: jax.Array, b_mag: jax.Array) -> jax.Array:
-    return jnp.where(gate > 0, jax.nn.relu(jnp.exp(r_mag)[None] * linear + b_mag[None]), 0.0)
+    return jnp.where(gate <= 0, 0.0, jax.nn.relu(jnp.exp(r_mag)[None] * linear + b_mag[None]))
 
 
 def _forward(linear: Any, gate: Any, r_mag: Any, b_mag: Any) -> tuple[jax.Array, Any]:

@@ -79,7 +79,7 @@ class JumpReLU(Architecture):
     def encode(self, params: Params, x: jax.Array) -> jax.Array:
         """The pre-activations of `x` under `params` that pass their thresholds."""
         pre = self.pre_activations(params, x)[0]
-        return jnp.where(pre > thresholds(params)[None], pre, 0.0)
+        return _passed(pre, thresholds(params))
 
     def train_pass(self, params: Params, x: jax.Array, y: jax.Array, *, dtype: Any = jnp.float32) -> TrainPass:
         """One batch of `params` from `x` to `y`, with factors of `dtype`; the penalty counts latents."""
@@ -143,7 +143,11 @@ def jump_relu(pre: jax.Array, threshold: jax.Array, bandwidth: float) -> jax.Arr
         The latents.
     """
     del bandwidth
-    return jnp.where(pre > threshold[None], pre, 0.0)
+    return _passed(pre, threshold)
+
+
+def _passed(pre: jax.Array, threshold: jax.Array) -> jax.Array:
+    return jnp.where(pre <= threshold[None], 0.0, pre)  # NaN stays NaN.
 
 
 def _kernel(pre: jax.Array, threshold: jax.Array, bandwidth: float) -> jax.Array:

@@ -124,7 +124,12 @@ class SAESweep:
 
         Raises:
             UnknownNameError: There is no such number.
+            InvalidInputError: There is no such L0.
         """
+        if not l0 > 0:
+            raise InvalidInputError(
+                four_part(f"l0 = {l0} was given", where="SAESweep.at_l0", expected="a number above 0.", fix="give one.")
+            )
         values, places = self.table(number), self.table("l0")
         return {
             name: np.array([_between(x, y, l0) for x, y in zip(places[name], values[name], strict=True)])

@@ -14,6 +14,7 @@ Source: interp_jax.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -120,6 +121,15 @@ def check_config(config: TrainConfig, widths: Mapping[str, int]) -> None:
                     fix="give more, such as StepRule(..., n_steps=10_000)." if "n_steps" in name else "give more.",
                 )
             )
+    if wrong := [coefficient for coefficient in config.coefficients if not 0 <= coefficient < math.inf]:
+        raise InvalidInputError(
+            four_part(
+                f"The coefficient {wrong[0]} was given",
+                where="TrainConfig",
+                expected="finite numbers, at least 0.",
+                fix="give how much sparsity counts against the error, such as coefficients=(1e-3,).",
+            )
+        )
     for site in config.sites:
         if isinstance(site, tuple) and site[0] != site[1]:
             _check_transcoder(config, site)

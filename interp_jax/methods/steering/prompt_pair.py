@@ -123,7 +123,8 @@ def prompt_tokens(lm: LanguageModel, prompt: Any, *, bos: int | str | None = "au
     """
     if not is_text(prompt):
         return np.asarray(lm.check_tokens(np.atleast_2d(np.asarray(prompt)), where="prompt_tokens"))
-    if isinstance(bos, str) and bos != "auto":
+    is_id = isinstance(bos, int | np.integer) and not isinstance(bos, bool) and bos >= 0
+    if bos != "auto" and bos is not None and not is_id:
         raise UnknownNameError(
             four_part(
                 f"bos={bos!r} was given",
@@ -190,6 +191,12 @@ def prompt_pair(
     Source: Turner et al. 2308.10248, section 3.
     """
     chosen = residual_site(lm, site, where="prompt_pair")
+    if is_text(positive) != is_text(negative):
+        raise _refuse(
+            "A text and token ids were given",
+            "two texts, which get a BOS each, or two rows of token ids, which are taken as they are.",
+            "give both as texts, or both as tokens: prompt_tokens(lm, text)[0] is what a text becomes.",
+        )
     rows = [prompt_tokens(lm, prompt, bos=bos) for prompt in (positive, negative)]
     if any(len(row) != 1 for row in rows):
         raise _refuse(

@@ -103,7 +103,7 @@ def spliced_loss(
         ShapeError: A vector has another width than its site.
     """
     rows = np.asarray(lm.check_tokens(tokens, where="spliced_loss"))
-    wanted = np.atleast_1d(check_coefficients(coefficients, where="spliced_loss"))
+    wanted = check_coefficients(coefficients, where="spliced_loss", n_axes=1)
     if isinstance(texts_per_pass, bool) or not isinstance(texts_per_pass, int | np.integer) or texts_per_pass < 1:
         raise _refuse(f"texts_per_pass={texts_per_pass!r} was given", "a whole number from 1.", "choose 1 or more.")
     added, is_steered = placed(lm, rows, vectors, where="spliced_loss")

@@ -313,7 +313,7 @@ def sample_rows(
     Raises:
         InvalidInputError: As for `steered_generation`.
     """
-    check_coefficients(coefficients, where=where)
+    check_coefficients(coefficients, where=where, n_axes=1)
     n_prompt, n_total = tokens.shape[1], tokens.shape[1] + sampling.max_new_tokens
     rows, _ = placed(lm, tokens, vectors, where=where)
     # As long as the finished text, so that no addition of one column is taken for one everywhere.
@@ -351,30 +351,34 @@ def _only_row(vector: SteeringVector, where: str) -> np.ndarray:
     return vector.values[0]
 
 
-def check_coefficients(coefficients: Any, *, where: str) -> np.ndarray:
-    """Coefficients as float32, once they are known to be finite numbers.
+def check_coefficients(coefficients: Any, *, where: str, n_axes: int = 0) -> np.ndarray:
+    """Coefficients as float32, once they are known to be finite there.
 
     Args:
         coefficients: A number or several.
         where: The public call, for error messages.
+        n_axes: 0 for one number, 1 for several, of which one number is one.
 
     Returns:
-        An array of them, of the same shape.
+        An array of them, with so many axes.
 
     Raises:
-        InvalidInputError: There is none, or one is no finite number.
+        InvalidInputError: There is none, too many, or one is no finite number.
     """
     array = np.asarray(coefficients)
-    if array.size == 0 or array.dtype.kind not in "iuf" or not np.isfinite(array).all():
+    array = np.atleast_1d(array) if n_axes else array
+    with np.errstate(over="ignore"):
+        numbers = array.astype(np.float32) if array.dtype.kind in "iuf" else np.full(1, np.nan)
+    if array.size == 0 or array.ndim != n_axes or not np.isfinite(numbers).all():
         raise InvalidInputError(
             four_part(
                 f"coefficient {coefficients!r:.60} was given",
                 where=where,
-                expected="finite numbers, at least one.",
+                expected="finite numbers, at least one, [coefficient]." if n_axes else "one finite number.",
                 fix="choose a number, such as 4.0; 0 leaves the model as it is.",
             )
         )
-    return array.astype(np.float32)
+    return numbers
 
 
 def check_sampling(sampling: Sampling, *, where: str) -> None:

@@ -162,14 +162,24 @@ def steering_sweep(
     """
     where, sampling = "steering_sweep", Sampling() if sampling is None else sampling
     check_sampling(sampling, where=where)
-    wanted = np.atleast_1d(check_coefficients(coefficients, where=where))
-    tokens = prompt_tokens(lm, prompt)
-    if len(tokens) != 1 or wanted.ndim != 1:
+    wanted = check_coefficients(coefficients, where=where, n_axes=1)
+    if lm.tokenizer is None or not isinstance(vocabulary, Vocabulary):
+        what = "A model without a tokenizer" if lm.tokenizer is None else f"The vocabulary {vocabulary!r:.60}"
         raise InvalidInputError(
             four_part(
-                f"{len(tokens)} prompts and coefficients of shape {list(wanted.shape)} were given",
+                f"{what} was given",
                 where=where,
-                expected="one prompt, and coefficients [coefficient].",
+                expected="a model that turns tokens into text, and a Vocabulary to look through it for.",
+                fix='load the model with its tokenizer; write Vocabulary(("rain", "cloud"), inflections=("s",)).',
+            )
+        )
+    tokens = prompt_tokens(lm, prompt)
+    if len(tokens) != 1:
+        raise InvalidInputError(
+            four_part(
+                f"{len(tokens)} prompts were given",
+                where=where,
+                expected="one prompt.",
                 fix="run a sweep for each prompt.",
             )
         )

@@ -231,6 +231,20 @@ class TestMistakes:
         with pytest.raises(error, match=f"(?s){words}"):
             pursue(**given)
 
+    def test_prefixes_may_be_an_array(self, problem: tuple[jax.Array, jax.Array]) -> None:
+        found = pursue(GP, *problem, K, prefixes=np.array([1, 2]))
+        expected = pursue(GP, *problem, K, prefixes=(1, 2))
+        np.testing.assert_array_equal(np.asarray(found.prefix_values), np.asarray(expected.prefix_values))
+
+    def test_codes_of_another_dictionary(self, problem: tuple[jax.Array, jax.Array]) -> None:
+        found = pursue(GP, *problem, K)
+        for wrong in (
+            lambda: dense_codes(found.indices, found.values, 1),
+            lambda: reconstruct(found.indices, found.values, problem[1][:1]),
+        ):
+            with pytest.raises(InvalidInputError, match=r"(?s)Codes of atom .*with 1 atoms.*from 0 to 0.*Fix:"):
+                wrong()
+
     def test_atoms_that_are_not_finite_are_named(self, problem: tuple[jax.Array, jax.Array]) -> None:
         dictionary = problem[1].at[3, 1].set(jnp.nan).at[7, 0].set(jnp.inf)
         with pytest.raises(InvalidInputError, match=r"(?s)not finite were given: 3, 7 in pursue.*Fix: look at"):

@@ -275,6 +275,20 @@ def test_edits_of_latents_with_the_error_kept_and_dropped(toy, toy_tokens, key):
         InvalidInputError, match=r"SAE number 1 was given in spliced_logits[\s\S]*from 0 to 0[\s\S]*Fix"
     ):
         spliced_logits(toy, sae, toy_tokens, edits={1: without_4})
+    # What lacks an axis is not spread over it.
+    for edit in (lambda f: f[:, -1:], lambda f: f[0], lambda f: f.sum()):
+        with pytest.raises(ShapeError, match=r"An edit gave \[[\s\S]*all latents of all positions[\s\S]*Fix"):
+            spliced_logits(toy, sae, toy_tokens, edits={0: edit})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"untouched_tokens": [1.5]}, {"untouched_tokens": "1"}, {"n_untouched": -1}, {"n_untouched": True}],
+    ids=str,
+)
+def test_what_is_left_untouched_is_token_ids_and_a_number(toy, toy_tokens, key, options):
+    with pytest.raises(InvalidInputError, match=r"were given in what is left untouched[\s\S]*token ids[\s\S]*Fix"):
+        spliced_logits(toy, random_sae(key, (1, "mlp_out")), toy_tokens, **options)
 
 
 def test_heads_are_read_side_by_side(toy, toy_tokens, key):

@@ -150,6 +150,8 @@ def test_mistakes_are_named_before_anything_is_trained(tiny_llama, tokens, open_
 def test_numbers_go_by_name(sweep):
     with pytest.raises(UnknownNameError, match=r"Unknown number 'fvus' in SAESweep. Did you mean 'fvu'\?"):
         sweep.table("fvus")
+    with pytest.raises(InvalidInputError, match=r"l0 = -1 was given in SAESweep.at_l0[\s\S]*above 0[\s\S]*Fix:"):
+        sweep.at_l0("fvu", -1)
 
 
 def test_too_little_text(tiny_llama, tmp_path):

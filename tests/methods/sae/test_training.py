@@ -525,6 +525,8 @@ def test_activations_that_are_not_finite_stop_a_run(rng) -> None:
     [
         ({"sites": ("y",)}, UnknownNameError, "Unknown site 'y'"),
         ({"sites": ()}, InvalidInputError, "the number of sites = 0"),
+        ({"coefficients": (0.1, -0.1)}, InvalidInputError, "The coefficient -0.1"),
+        ({"coefficients": (float("nan"),)}, InvalidInputError, "The coefficient nan"),
         ({"n_latents": 2}, InvalidInputError, "k = 3"),
         ({"scaling": "unit"}, UnknownNameError, "unit_ms"),
         ({"b_dec": "median"}, UnknownNameError, "geometric_median"),
@@ -532,7 +534,7 @@ def test_activations_that_are_not_finite_stop_a_run(rng) -> None:
         ({"rule": StepRule(TopK(k=1), n_steps=1, decoder_norm="one")}, UnknownNameError, "unit"),
         ({"sites": (("x", "z"),)}, InvalidInputError, "is_centred=False"),
     ],
-    ids=["site", "no_site", "k", "scaling", "b_dec", "n_steps", "norm", "transcoder"],
+    ids=["site", "no_site", "below_0", "nan", "k", "scaling", "b_dec", "n_steps", "norm", "transcoder"],
 )
 def test_bad_configurations(rng, changes, error, words) -> None:
     stream = ArrayStream({"x": np.asarray(rows(rng)), "z": np.asarray(rows(rng))}, batch_size=4, seed=0)

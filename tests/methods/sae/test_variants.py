@@ -102,6 +102,17 @@ def test_a_training_pass_is_made_of_its_parts(variant, rng) -> None:
 
 
 @every_variant
+def test_what_is_no_number_is_not_hidden(variant, rng) -> None:
+    if isinstance(variant, TopK | MatchingPursuit):
+        return_values = variant.train_pass(random_params(variant, rng), rows(rng).at[0, 0].set(jnp.nan), rows(rng))
+        assert not np.isfinite(np.asarray(return_values.reconstruction[0])).all()
+        return
+    params, x = random_params(variant, rng), rows(rng).at[0, 0].set(jnp.nan)
+    latents = np.asarray(SAE(variant, params).encode(x))
+    assert np.isnan(latents[0]).all() and np.isfinite(latents[1:]).all()
+
+
+@every_variant
 def test_gradients_are_those_of_finite_differences(variant, rng) -> None:
     # Of the reconstruction's error, along random directions that change no choice of latents.
     if isinstance(variant, JumpReLU | Gated):

@@ -96,6 +96,10 @@ def test_prompts_get_one_bos(tiny_llama) -> None:
         ({"site": "0.q"}, ShapeError, ["0.q", "resid_pre"]),
         ({"negative": ["a", "b"]}, InvalidInputError, ["1 positive and 2 negative"]),
         ({"negative": ""}, InvalidInputError, ["Empty text"]),
+        ({"negative": [1, 2]}, InvalidInputError, ["A text and token ids", "give both as texts"]),
+        ({"bos": True}, UnknownNameError, ["bos=True"]),
+        ({"bos": 1.5}, UnknownNameError, ["bos=1.5"]),
+        ({"bos": -1}, UnknownNameError, ["bos=-1"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )

@@ -205,7 +205,9 @@ def test_sizes_at_every_new_token(tiny_llama, rng) -> None:
         ({"vectors": SteeringVector(np.ones(24), Site(1, "rezid_pre"))}, UnknownNameError, ["Did you mean"]),
         ({"vectors": SteeringVector(np.ones(24), Site(1, "z"))}, ShapeError, ["one vector per position"]),
         ({"vectors": []}, InvalidInputError, ["No steering vector"]),
-        ({"coefficient": float("nan")}, InvalidInputError, ["coefficient", "finite numbers"]),
+        ({"coefficient": float("nan")}, InvalidInputError, ["coefficient", "one finite number"]),
+        ({"coefficient": 1e39}, InvalidInputError, ["one finite number"]),
+        ({"coefficient": [0.0, 50.0]}, InvalidInputError, ["[0.0, 50.0]", "one finite number"]),
         (
             {"at": "all"},
             InvalidInputError,
