@@ -199,6 +199,7 @@ def test_generation_with_and_without_cache_agrees(pair) -> None:
     close(cached.log_probs, uncached.log_probs, 1e-4)
 
 
+@pytest.mark.slow
 def test_patch_sets_fit_what_is_installed_and_leave_nothing(family: str) -> None:
     patches = FAMILIES[family][0]
     for patch_set in (patches.PATCH_SET, patches.STACKED_PATCH_SET):

@@ -146,6 +146,7 @@ def test_causal_block_against_its_definition() -> None:
         np.testing.assert_array_equal(block[0, 0], expected)
 
 
+@pytest.mark.slow
 def test_patch_sets_fit_what_is_installed() -> None:
     for patch_set in (transformers_mistral.PATCH_SET, transformers_mistral.STACKED_PATCH_SET):
         report = patch_set.check()

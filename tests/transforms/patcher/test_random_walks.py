@@ -132,4 +132,4 @@ class Walk(RuleBasedStateMachine):
 
 
 TestWalk = Walk.TestCase
-TestWalk.settings = settings(max_examples=8, stateful_step_count=15, deadline=None)
+TestWalk.settings = settings(max_examples=4, stateful_step_count=15, deadline=None)
