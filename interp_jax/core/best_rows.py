@@ -26,7 +26,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # How many products of a piece are found by their block.
-_N_BLOCK = 256
+_N_BLOCK = 512
 _LAST = np.iinfo(np.int32).max
 
 
