@@ -236,7 +236,7 @@ def test_run_takes_flags_and_repeats_an_earlier_run(capsys):
         ([*STEER, "--at", "always"], ["at='always'", "'prompt', 'generated' or 'all'"]),
         ([*STEER, "--at", "all"], ["A vector of 5 rows to be added at every generated token"]),
         ([*STEER, "--placement", "bakc"], ["Did you mean 'back'?"]),
-        ([*STEER, "--coefficient", "nan"], ["coefficient nan was given", "finite numbers"]),
+        ([*STEER, "--coefficient", "nan"], ["coefficient nan was given", "one finite number"]),
         ([*STEER, "--top-p", "2"], ["top_p=2.0"]),
         (["steer", "t", *STEER[2:]], ["A target of 2 tokens", "steering vector of 5"]),
         (["doctor", "./nowhere"], ["No model at './nowhere'"]),
