@@ -71,9 +71,8 @@ def best_rows(
     def of_piece(start: jax.Array | int) -> BestRows:
         piece = lax.dynamic_slice_in_dim(rows, start, n_piece).astype(vectors.dtype)
         products = jnp.matmul(vectors, piece.T, precision=precision, preferred_element_type=sums)
-        if scales is not None:
-            products = products * lax.dynamic_slice_in_dim(scales, start, n_piece).astype(sums)[None]
-        found = _best_of(products, is_signed)
+        own = None if scales is None else lax.dynamic_slice_in_dim(scales, start, n_piece).astype(sums)
+        found = _best_of(products, own, is_signed)
         return BestRows(found.indices + start, found.products)
 
     if n_piece == n:
@@ -164,15 +163,21 @@ def _piece(n_vectors: int, n: int) -> int:
     return n if n <= n_piece else n_piece
 
 
-def _best_of(products: jax.Array, is_signed: bool) -> BestRows:
-    """The largest of each row of products."""
+def _best_of(products: jax.Array, scales: jax.Array | None, is_signed: bool) -> BestRows:
+    """The largest of each row of products, which are multiplied by the scales."""
     n_vectors, n = products.shape
     first = jnp.zeros(n_vectors, jnp.int32)
+    scales = jnp.ones(n, products.dtype) if scales is None else scales
     if n > _N_BLOCK and n % _N_BLOCK == 0:
         blocks = products.reshape(n_vectors, -1, _N_BLOCK)
-        block = jnp.argmax(_size(blocks, is_signed).max(axis=2), axis=1).astype(jnp.int32)
+        # Scaled on the way to the maximum and again in the one block: the whole is not written a second time.
+        sizes = _size(blocks * scales.reshape(1, -1, _N_BLOCK), is_signed)
+        block = jnp.argmax(sizes.max(axis=2), axis=1).astype(jnp.int32)
         products = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+        products = products * scales.reshape(-1, _N_BLOCK)[block]
         first = block * _N_BLOCK
+    else:
+        products = products * scales[None]
     within = jnp.argmax(_size(products, is_signed), axis=1).astype(jnp.int32)
     return BestRows(first + within, jnp.take_along_axis(products, within[:, None], axis=1)[:, 0])
 
