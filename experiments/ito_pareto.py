@@ -55,7 +55,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 
 from interp_jax.core.errors import InvalidInputError, four_part
 from interp_jax.data.text_streams import Packed, pack
@@ -202,9 +201,9 @@ def run(config: Config, *, lm: LanguageModel | None = None, progress: bool = Tru
     options: dict[str, Any] = {"n_untouched": 1, "untouched_tokens": packed.held_out.rule.special_tokens}
     options["progress"] = progress
     sweep = sparsity_sweep(
-        model, coders(config, saes), _spread(packed.held_out, config.n_held_out), l0s=config.l0s, **options
+        model, coders(config, saes), packed.held_out.spread(config.n_held_out), l0s=config.l0s, **options
     )
-    text = _spread(packed.held_out, config.n_agreement)
+    text = packed.held_out.spread(config.n_agreement)
     agreements = {
         name: encoder_agreement(model, sae, _ito(GradientPursuit(), sae, k=k), text, names=("encoder", "GP"), **options)
         for name, (sae, k) in saes.items()
@@ -312,11 +311,6 @@ def coders(config: Config, saes: Mapping[str, tuple[SAE, int]]) -> dict[str, dic
 
 def _ito(pursuit: Pursuit, sae: SAE, *, k: int) -> PursuitEncoder:
     return encoder(pursuit, sae.W_dec, k=k, b_dec=sae.params["b_dec"], scaling=sae.input_scaling, read=sae.read)
-
-
-def _spread(text: Packed, n: int) -> np.ndarray:
-    """So many sequences of a text, from its beginning to its end."""
-    return np.asarray(text[np.linspace(0, len(text) - 1, n, dtype=int)])
 
 
 def plot(result: Result) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from interp_jax.core.errors import InvalidInputError, UnknownNameError, four_part
+from interp_jax.core.errors import InvalidInputError, check_choice, four_part
 from interp_jax.data.text_streams import Packed, pack
 from interp_jax.figures.steering import coefficient_figure, pareto_figure
 from interp_jax.forward.batch_streams import ArrayStream
@@ -239,16 +239,8 @@ def run(config: Config, *, lm: LanguageModel | None = None, progress: bool = Tru
         UnknownNameError: There is no such study, or no such layer.
         InvalidInputError: The SAE's layer is not among the layers.
     """
-    if unknown := [name for name in config.studies if name not in STUDIES]:
-        raise UnknownNameError(
-            four_part(
-                f"Unknown study {unknown[0]!r}",
-                where="steering",
-                names=STUDIES,
-                given=unknown[0],
-                fix="use one of them.",
-            )
-        )
+    for name in config.studies:
+        check_choice(name, STUDIES, what="study", where="steering")
     if config.sae_layer not in config.layers:
         raise InvalidInputError(
             four_part(

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from interp_jax.core.errors import UnknownNameError, four_part
+from interp_jax.core.errors import check_choice
 from interp_jax.data.text_streams import Packed, pack
 from interp_jax.figures.sae_evaluation import density_figure, evaluation_page
 from interp_jax.figures.sae_site import write_site
@@ -102,16 +102,7 @@ class Config:
             UnknownNameError: There is no such variant.
         """
         by_name = {variant.name: variant for variant in VARIANTS}
-        if self.variant not in by_name:
-            raise UnknownNameError(
-                four_part(
-                    f"Unknown variant {self.variant!r}",
-                    where="train_sae",
-                    names=by_name,
-                    given=self.variant,
-                    fix="use one of them.",
-                )
-            )
+        check_choice(self.variant, by_name, what="variant", where="train_sae")
         has_k = {"k", "groups"} & set(by_name[self.variant].__dataclass_fields__)
         options: dict[str, Any] = {"k": self.k} if has_k else {}
         if "groups" in has_k:
@@ -222,16 +213,7 @@ def open_stream(config: Config, lm: LanguageModel, packed: Packed, directory: Pa
     Raises:
         UnknownNameError: There is no such way to have them.
     """
-    if config.activations not in (known := ("disk", "buffer", "direct")):
-        raise UnknownNameError(
-            four_part(
-                f"Unknown activations {config.activations!r}",
-                where="train_sae",
-                names=known,
-                given=config.activations,
-                fix="use one of them.",
-            )
-        )
+    check_choice(config.activations, ("disk", "buffer", "direct"), what="activations", where="train_sae")
     if config.activations == "direct":
         return DirectStream(lm, packed, config.site, batch_size=config.batch_size, seed=config.seed)
     if config.activations == "buffer":

@@ -119,6 +119,10 @@ class Packed:
         bos = np.full((*rows.shape[:-1], 1), self.rule.bos, np.int32)
         return np.concatenate([bos, rows], axis=-1)
 
+    def spread(self, n: int) -> np.ndarray:
+        """So many sequences from the first to the last, evenly spaced, int32 `[n, n_ctx]`."""
+        return self[np.linspace(0, len(self) - 1, n, dtype=int)]
+
     def order(self, *, start: int, count: int, seed: int) -> np.ndarray:
         """Numbers of the sequences `start` to `start + count` of an endless stream, each epoch in an order of its own.
 

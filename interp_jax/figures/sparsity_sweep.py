@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from interp_jax.core.errors import InvalidInputError, UnknownNameError, four_part
+from interp_jax.core.errors import InvalidInputError, check_choice, four_part
 from interp_jax.figures.plotting import INK, LINE, QUIET, SERIES, add_heading, drawable, drawing
 from interp_jax.methods.sparsity_sweep import SparsityCurve, SparsitySweep
 
@@ -106,9 +106,7 @@ def sparsity_figure(
 
 def _lines(sweep: SparsitySweep, panels: str, ablation: str) -> list[tuple[str, str, SparsityCurve, np.ndarray]]:
     """Panel, line, and what is drawn there; an encoder with a sparsity of its own is a point in every panel."""
-    if panels not in PANELS:
-        what = f"Unknown panels {panels!r}"
-        raise UnknownNameError(four_part(what, where="sparsity_figure", names=PANELS, given=panels, fix="use one."))
+    check_choice(panels, PANELS, what="panels", where="sparsity_figure")
     pairs = [(dictionary, encoder) for dictionary, several in sweep.curves.items() for encoder in several]
     if not pairs:
         raise InvalidInputError(

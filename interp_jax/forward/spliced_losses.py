@@ -27,11 +27,11 @@ import numpy as np
 from jax import lax
 from tqdm import tqdm
 
-from interp_jax.core.errors import InvalidInputError, UnknownNameError, four_part
+from interp_jax.core.errors import InvalidInputError, UnknownNameError, check_choice, four_part
 from interp_jax.core.sites import Site
 from interp_jax.forward.metrics import divergence
 from interp_jax.forward.moments import check_counts
-from interp_jax.forward.splicing import untouched
+from interp_jax.forward.splicing import Replacement, blend, untouched
 from interp_jax.models.upstream import PAD
 from interp_jax.transforms.compilations import counted_jit
 
@@ -161,16 +161,8 @@ def check_ablations(ablations: Sequence[str], *, where: str) -> tuple[str, ...]:
     Raises:
         UnknownNameError: There is no such ablation.
     """
-    if unknown := [name for name in ablations if name not in ABLATIONS]:
-        raise UnknownNameError(
-            four_part(
-                f"Unknown ablation {unknown[0]!r}",
-                where=where,
-                names=ABLATIONS,
-                given=unknown[0],
-                fix="use one of these.",
-            )
-        )
+    for name in ablations:
+        check_choice(name, ABLATIONS, what="ablation", where=where)
     return tuple(name for name in ABLATIONS if name in ablations)
 
 
@@ -210,6 +202,26 @@ def site_means(lm: LanguageModel, sites: Sequence[Site], text: HeldOut) -> list[
         n += n_new
     check_counts(n, where=text.where)
     return [(total / n).astype(np.float32) for total in totals]
+
+
+def ablated(name: str, means: Sequence[np.ndarray] | None, batch: Batch) -> Replacement:
+    """The replacement of what is at the sites by zeros or by their means.
+
+    Args:
+        name: "zero" or "mean".
+        means: What `site_means` gave, `[d]` for each site; not needed for "zero".
+        batch: The batch, whose untouched positions stay.
+
+    Returns:
+        The replacement.
+    """
+
+    def replace(number: int, x: jax.Array, y: jax.Array) -> jax.Array:
+        del x
+        there = np.zeros(y.shape[-1:], np.float32) if means is None or name == "zero" else means[number]
+        return blend(y, there[None, None], None, batch.is_touched)
+
+    return replace
 
 
 def _mean_of_counted(values: Any, counted: Any) -> jax.Array:

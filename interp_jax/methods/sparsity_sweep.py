@@ -41,6 +41,7 @@ from interp_jax.forward.sparse_coder import PrefixCoder, Prefixes, SparseCoder
 from interp_jax.forward.spliced_losses import (
     ABLATIONS,
     Batch,
+    ablated,
     check_ablations,
     check_targets,
     held_out,
@@ -230,7 +231,7 @@ def sparsity_sweep(
         progress=progress,
     )
     splice, ablations = _one_splice(lm, entries, first), check_ablations(ablations, where=where)
-    means = site_means(lm, splice.writes, text)[0] if "mean" in ablations else None
+    means = site_means(lm, splice.writes, text) if "mean" in ablations else None
     n_passes = 1 + len(ablations) + sum(entry.n_points for entry in entries)
     sums, n_targets, totals = None, 0, np.zeros((2, n_passes))
     for batch in text.batches(lm, "sparsity sweep"):
@@ -341,7 +342,7 @@ class _Measuring:
 
 
 def _ways(
-    measured: _Measuring, batch: Batch, means: np.ndarray | None, ablations: Sequence[str]
+    measured: _Measuring, batch: Batch, means: list[np.ndarray] | None, ablations: Sequence[str]
 ) -> Iterator[Replacement]:
     """The passes of a batch: clean, ablated, and every point of every coder."""
 
@@ -349,14 +350,6 @@ def _ways(
         del number, x
         measured.saw(y)
         return y
-
-    def constant(value: np.ndarray | None) -> Replacement:
-        def replace(number: int, x: jax.Array, y: jax.Array) -> jax.Array:
-            del number, x
-            filled = np.zeros(y.shape[-1], np.float32) if value is None else value
-            return blend(y, filled[None, None], None, batch.is_touched)
-
-        return replace
 
     def coded(entry: int, point: int) -> Replacement:
         def replace(number: int, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -366,7 +359,7 @@ def _ways(
         return replace
 
     yield clean
-    yield from (constant(means if name == "mean" else None) for name in ablations)
+    yield from (ablated(name, means, batch) for name in ablations)
     for number, entry in enumerate(measured.entries):
         yield from (coded(number, point) for point in range(entry.n_points))
 

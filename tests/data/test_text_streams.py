@@ -270,3 +270,9 @@ def test_a_text_that_cannot_be_spelt_is_named(tiny) -> None:
     with pytest.raises(InvalidInputError, match="lone surrogate") as error:
         pack(broken, tiny, n_ctx=3, holdout=0)
     assert error.value.__notes__ == ["  In document 1 of a file."]
+
+
+def test_sequences_spread_over_a_text() -> None:
+    packed = packed_rows(np.arange(30).reshape(10, 3))
+    assert packed.spread(4)[:, 0].tolist() == [0, 9, 18, 27]
+    assert packed.spread(1)[:, 0].tolist() == [0]

@@ -39,6 +39,7 @@ from interp_jax.forward.spliced_losses import (
     ABLATIONS,
     LOSS_TOLERANCE,
     Batch,
+    ablated,
     check_ablations,
     check_targets,
     held_out,
@@ -247,17 +248,7 @@ def _measured(
         new = explained(number, x, y)
         return blend(y, new, new if keep_error else None, batch.is_touched)
 
-    def zero(number: int, x: jax.Array, y: jax.Array) -> jax.Array:
-        del number, x
-        return blend(y, np.zeros(y.shape[-1:], np.float32)[None, None], None, batch.is_touched)
-
-    def mean(number: int, x: jax.Array, y: jax.Array) -> jax.Array:
-        del x
-        assert means is not None
-        return blend(y, means[number][None, None], None, batch.is_touched)
-
-    ways: list[Replacement] = [clean, spliced]
-    ways += [{"zero": zero, "mean": mean}[name] for name in ablations]
+    ways: list[Replacement] = [clean, spliced, *(ablated(name, means, batch) for name in ablations)]
     totals = loss_sums(spliced_passes(lm, splice, batch.tokens, ways), batch)
     for number, of_tokens in measured.items():
         sums[number] = fetched(of_tokens, batch.is_touched.reshape(-1))

@@ -25,6 +25,7 @@ from interp_jax.forward.metrics import finite
 from interp_jax.forward.spliced_losses import (
     ABLATIONS,
     Batch,
+    ablated,
     check_ablations,
     check_targets,
     held_out,
@@ -99,7 +100,7 @@ def evaluate_each(
     n_targets, totals = 0, np.zeros((2, 1 + len(ablations) + len(saes)))
     for batch in text.batches(lm, f"evaluate {len(saes)} SAEs"):
         seen: list[Measured] = []
-        ways: list[Replacement] = [_clean, *(_ablated(name, means, batch) for name in ablations)]
+        ways: list[Replacement] = [_clean, *(ablated(name, means, batch) for name in ablations)]
         ways += [_spliced(sae, batch, seen.append) for sae in saes]
         totals += loss_sums(spliced_passes(lm, splice, batch.tokens, ways), batch)
         n_targets += int(batch.has_target.sum())
@@ -126,15 +127,6 @@ def evaluate_each(
 def _clean(number: int, x: jax.Array, y: jax.Array) -> jax.Array:
     del number, x
     return y
-
-
-def _ablated(name: str, means: list[np.ndarray] | None, batch: Batch) -> Replacement:
-    def replace(number: int, x: jax.Array, y: jax.Array) -> jax.Array:
-        del number, x
-        there = np.zeros(y.shape[-1:], np.float32) if means is None or name == "zero" else means[0]
-        return blend(y, there[None, None], None, batch.is_touched)
-
-    return replace
 
 
 def _spliced(sae: SAE, batch: Batch, saw: Callable[[Measured], None]) -> Replacement:

@@ -26,8 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from interp_jax.core.errors import InvalidInputError, four_part
 from interp_jax.data.text_streams import pack
 from interp_jax.forward.activation_files import written_once
@@ -144,7 +142,7 @@ def run_sweep(
         lm,
         configs,
         open_stream,
-        packed.held_out[np.linspace(0, len(packed.held_out) - 1, setup.n_held_out, dtype=int)],
+        packed.held_out.spread(setup.n_held_out),
         seeds=setup.seeds,
         directory=directory / f"states_{digest}",
         untouched_tokens=packed.held_out.rule.special_tokens,

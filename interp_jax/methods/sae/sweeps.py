@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from interp_jax.core.errors import InvalidInputError, UnknownNameError, four_part
+from interp_jax.core.errors import InvalidInputError, check_choice, four_part
 from interp_jax.forward.batch_streams import BatchStream
 from interp_jax.forward.spliced_losses import ABLATIONS
 from interp_jax.methods.sae.evaluation import SAEEvaluation
@@ -99,12 +99,7 @@ class SAESweep:
             UnknownNameError: There is no such number.
         """
         known = self.rows[0].numbers()
-        if number not in known:
-            raise UnknownNameError(
-                four_part(
-                    f"Unknown number {number!r}", where="SAESweep", names=known, given=number, fix="use one of these."
-                )
-            )
+        check_choice(number, known, what="number", where="SAESweep")
         found = {}
         for name in self.names:
             rows = [row for row in self.rows if row.name == name]

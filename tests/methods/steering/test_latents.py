@@ -117,6 +117,7 @@ def test_what_is_left_is_orthogonal_and_the_rest_untouched(rng, dtype) -> None:
     redundant = np.concatenate([directions * 1e-4, directions[:2], np.zeros((2, 30)), directions[:1] + directions[1:2]])
     left = project_out(values, redundant.astype(dtype))
     assert left.dtype == dtype
+    # Numbers near 1000, of which 30 products are summed: 1e-2 is float32's rounding of such sums.
     np.testing.assert_allclose(left @ directions.T, 0, atol=1e-2 if dtype == np.float32 else 1e-9)
     # Least squares, as another route to the same projection.
     weights, *_ = np.linalg.lstsq(directions.T.astype(np.float64), values.T.astype(np.float64), rcond=None)
