@@ -2,8 +2,8 @@
 
 A batch of latents does not fit a cache: each pass over it, and each more copy of it, is paid for. The operations here
 have the values and gradients of the ones they stand for, and read less: a ReLU whose gradient needs nothing but its
-result, so that what it read can be overwritten; biases whose gradient is a product with ones; sums over a batch of what
-is computed from latents, row by row.
+result, so that what it read can be overwritten; biases whose gradient is a product with ones; what is computed from
+latents row by row, and sums over the batch of such.
 
 >>> values = jnp.array([[1.0, -2.0], [3.0, 4.0]])
 >>> relu(plus_row(values, jnp.array([0.0, 1.0]))).tolist()
@@ -75,14 +75,49 @@ def batch_sum(function: Callable[..., jax.Array], *arrays: jax.Array, dtype: Any
     Returns:
         The sum, `[n]`.
     """
+    return rows_and_sums(lambda *rows: (None, (function(*rows),)), *arrays, dtype=dtype)[1][0]
 
-    def whole(*arrays: jax.Array) -> jax.Array:
-        return function(*arrays).sum(axis=0, dtype=dtype)
 
-    def by_rows(*arrays: jax.Array) -> jax.Array:
+def rows_and_sums(
+    function: Callable[..., tuple[jax.Array | None, tuple[jax.Array, ...]]],
+    *arrays: jax.Array,
+    dtype: Any = jnp.float32,
+) -> tuple[jax.Array | None, tuple[jax.Array, ...]]:
+    """What `function` makes of the rows of a batch, and sums over the batch, in one pass over memory.
+
+    Args:
+        function: From some rows of each array, `[rows, n]`, to as many new ones (or None) and some to be summed.
+        arrays: `[batch, n]` each. The new rows are written over the first, where nothing else reads it.
+        dtype: What is summed in.
+
+    Returns:
+        The new rows, `[batch, n]`, and the sums, `[n]` each.
+    """
+
+    def summed(values: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return tuple(value.sum(axis=0, dtype=dtype) for value in values)
+
+    def whole(*arrays: jax.Array) -> Any:
+        new, values = function(*arrays)
+        return new, summed(values)
+
+    def by_rows(*arrays: jax.Array) -> Any:
         n_rows = math.gcd(len(arrays[0]), _ROWS)
-        blocks = tuple(array.reshape(-1, n_rows, array.shape[1]) for array in arrays)
-        start = jnp.zeros(jax.eval_shape(whole, *arrays).shape, dtype)
-        return lax.scan(lambda total, block: (total + whole(*block), None), start, blocks)[0]
+        new, sums = jax.eval_shape(whole, *arrays)
+        blocks = [array.reshape(-1, n_rows, array.shape[1]) for array in arrays]
+
+        def turn(carry: tuple[jax.Array | None, tuple[jax.Array, ...]], now: tuple[jax.Array, list[jax.Array]]) -> Any:
+            (written, totals), (i, read) = carry, now
+            if written is not None:
+                read = [written[i], *read]
+            rows, values = function(*read)
+            if written is not None and rows is not None:
+                written = lax.dynamic_update_index_in_dim(written, rows, i, axis=0)
+            return (written, tuple(total + more for total, more in zip(totals, summed(values), strict=True))), None
+
+        written = None if new is None else blocks.pop(0)
+        start = written, tuple(jnp.zeros(total.shape, dtype) for total in sums)
+        (written, totals), _ = lax.scan(turn, start, (jnp.arange(len(arrays[0]) // n_rows), blocks))
+        return None if written is None else written.reshape(arrays[0].shape), totals
 
     return lax.platform_dependent(*arrays, cpu=by_rows, default=whole)

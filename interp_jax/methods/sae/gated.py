@@ -17,7 +17,7 @@ Source: Rajamanoharan et al. 2024 (2404.16014).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, cast, final
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from jax import lax
 
 from interp_jax.methods.sae import parameters
 from interp_jax.methods.sae.architecture import Architecture, TrainPass, squared_error
-from interp_jax.methods.sae.dense import batch_sum, column_sum, plus_row, relu
+from interp_jax.methods.sae.dense import plus_row, rows_and_sums
 from interp_jax.methods.sae.parameters import Params
 
 
@@ -60,15 +60,13 @@ class Gated(Architecture):
     def train_pass(self, params: Params, x: jax.Array, y: jax.Array, *, dtype: Any = jnp.float32) -> TrainPass:
         """One batch of `params` from `x` to `y`, with factors of `dtype`; the penalty is L1 of the gate."""
         linear, for_dead = parameters.pre_activations(params, x, is_centred=self.is_centred, bias=None, dtype=dtype)
-        gate = plus_row(linear, params["b_gate"])
-        latents = gated(linear, lax.stop_gradient(gate), params["r_mag"], params["b_mag"])
-        opened = relu(gate)
+        latents, opened, penalty = gated(linear, params["b_gate"], params["r_mag"], params["b_mag"])
         by_gate = parameters.decode(lax.stop_gradient(params), opened, x, dtype=dtype)
         return TrainPass(
             pre_activations=plus_row(for_dead, params["b_gate"]),
             latents=latents,
             reconstruction=parameters.decode(params, latents, x, dtype=dtype),
-            penalty=opened.sum(axis=-1).mean(),
+            penalty=penalty,
             auxiliary=squared_error(y, by_gate),
         )
 
@@ -77,36 +75,50 @@ class Gated(Architecture):
         return {name: params[name] * factors for name in ("b_gate", "b_mag")}
 
 
-@jax.custom_vjp
-def gated(linear: jax.Array, gate: jax.Array, r_mag: jax.Array, b_mag: jax.Array) -> jax.Array:
-    """The magnitudes `exp(r_mag) linear + b_mag`, at least 0, where the gate is open.
-
-    Args:
-        linear: What gate and magnitude share, `[batch, latent]`.
-        gate: It is open where this is above 0, which has no gradient, `[batch, latent]`.
-        r_mag: `[latent]`.
-        b_mag: `[latent]`.
-
-    Returns:
-        The latents.
-    """
-    return _latents(linear, gate, r_mag, b_mag)
-
-
 def _latents(linear: jax.Array, gate: jax.Array, r_mag: jax.Array, b_mag: jax.Array) -> jax.Array:
     return jnp.where(gate <= 0, 0.0, jax.nn.relu(jnp.exp(r_mag)[None] * linear + b_mag[None]))
 
 
-def _forward(linear: Any, gate: Any, r_mag: Any, b_mag: Any) -> tuple[jax.Array, Any]:
-    latents = lax.optimization_barrier(_latents(linear, gate, r_mag, b_mag))
-    return latents, (latents, linear, jnp.exp(r_mag))
+@jax.custom_vjp
+def gated(
+    linear: jax.Array, b_gate: jax.Array, r_mag: jax.Array, b_mag: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Both halves of the encoder: magnitudes where the gate is open, and how far it is open.
+
+    Args:
+        linear: What gate and magnitude share, `[batch, latent]`.
+        b_gate: `[latent]`; the latents' gradient does not reach it.
+        r_mag: `[latent]`.
+        b_mag: `[latent]`.
+
+    Returns:
+        The latents and `ReLU(linear + b_gate)`, `[batch, latent]`, and the latter's sum over the latents, averaged over
+        the batch.
+    """
+    return _forward(linear, b_gate, r_mag, b_mag)[0]
 
 
-def _backward(saved: Any, cotangent: jax.Array) -> tuple[jax.Array | None, ...]:
-    latents, linear, scale = saved
-    to_magnitude = jnp.where(latents > 0, cotangent, 0.0)
-    to_r_mag = scale * batch_sum(jnp.multiply, to_magnitude, linear)
-    return scale[None] * to_magnitude, None, to_r_mag, column_sum(to_magnitude)
+def _forward(linear: Any, b_gate: Any, r_mag: Any, b_mag: Any) -> tuple[Any, Any]:
+    gate = linear + b_gate[None]
+    # Without the barrier XLA computes both again from `linear` wherever they are read, and keeps that.
+    latents, opened = lax.optimization_barrier((_latents(linear, gate, r_mag, b_mag), jax.nn.relu(gate)))
+    return (latents, opened, opened.sum(axis=-1).mean()), (latents, opened, jnp.exp(r_mag), b_mag)
+
+
+def _backward(saved: Any, cotangents: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+    latents, opened, scale, b_mag = saved
+    to_latents, to_opened, to_penalty = cotangents
+    each = to_penalty / len(latents)
+
+    def rows(to_latents: Any, latents: Any, to_opened: Any, opened: Any) -> tuple[Any, tuple[Any, ...]]:
+        to_magnitude = jnp.where(latents > 0, to_latents, 0.0)
+        to_gate = jnp.where(opened > 0, to_opened + each, 0.0)
+        # Where a latent is above 0, exp(r_mag) linear = latent - b_mag: `linear` need not be kept.
+        to_r_mag = to_magnitude * (latents - b_mag[None])
+        return scale[None] * to_magnitude + to_gate, (to_gate, to_r_mag, to_magnitude)
+
+    to_linear, sums = rows_and_sums(rows, to_latents, latents, to_opened, opened)
+    return (cast(jax.Array, to_linear), *sums)
 
 
 gated.defvjp(_forward, _backward)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from interp_jax.methods.sae.dense import batch_sum, column_sum, plus_row, relu
+from interp_jax.methods.sae.dense import batch_sum, column_sum, plus_row, relu, rows_and_sums
 
 
 def test_relu_and_its_gradient(rng) -> None:
@@ -39,3 +39,20 @@ def test_a_sum_over_the_batch(n_rows, rng) -> None:
     # Several at once, as several SAEs may be.
     many = jax.vmap(lambda a, b: batch_sum(jnp.multiply, a, b))(jnp.stack([a, b]), jnp.stack([b, b]))
     np.testing.assert_allclose(many[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_rows", [1, 7, 8, 24])
+def test_new_rows_and_sums_in_one_pass(n_rows, rng) -> None:
+    a, b = (jnp.asarray(rng.normal(size=(n_rows, 5)), jnp.float32) for _ in range(2))
+
+    def function(a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        return a - 2 * b, (a, a * b)
+
+    rows, (first, second) = jax.jit(lambda a, b: rows_and_sums(function, a, b))(a, b)
+    np.testing.assert_allclose(rows, np.asarray(a) - 2 * np.asarray(b), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(first, np.asarray(a, np.float64).sum(axis=0), atol=1e-5)
+    np.testing.assert_allclose(second, (np.asarray(a, np.float64) * np.asarray(b)).sum(axis=0), atol=1e-5)
+    # What it was given is as it was: another reader may need it.
+    kept, (rows_again, _) = jax.jit(lambda a, b: (a + 0, rows_and_sums(function, a, b)))(a, b)
+    np.testing.assert_array_equal(kept, a)
+    np.testing.assert_array_equal(rows_again, rows)

@@ -197,6 +197,31 @@ def test_the_gate_learns_from_penalty_and_auxiliary_only(rng) -> None:
         assert (of_auxiliary[name] == 0).all(), name
 
 
+def test_a_gated_saes_gradients_are_those_of_its_formula(rng) -> None:
+    params, x = random_params(Gated(), rng), rows(rng)
+
+    def by_hand(params):
+        linear = (x - params["b_dec"][None]) @ params["W_enc"]
+        gate = linear + params["b_gate"][None]
+        magnitude = jax.nn.relu(jnp.exp(params["r_mag"])[None] * linear + params["b_mag"][None])
+        latents = jax.lax.stop_gradient((gate > 0).astype(x.dtype)) * magnitude
+        frozen = jax.lax.stop_gradient(params)
+        error = jnp.square(x - latents @ params["W_dec"] - params["b_dec"][None]).sum(axis=-1).mean()
+        by_gate = jnp.square(x - jax.nn.relu(gate) @ frozen["W_dec"] - frozen["b_dec"][None]).sum(axis=-1).mean()
+        return error + 0.3 * jax.nn.relu(gate).sum(axis=-1).mean() + by_gate
+
+    def ours(params):
+        done = Gated().train_pass(params, x, x)
+        error = jnp.square(x - done.reconstruction).sum(axis=-1).mean()
+        return error + 0.3 * done.penalty + done.auxiliary
+
+    (expected, to_expected), (found, to_found) = (jax.value_and_grad(fn)(params) for fn in (by_hand, ours))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    for name, gradient in to_expected.items():
+        size = float(jnp.abs(gradient).max())
+        np.testing.assert_allclose(to_found[name], gradient, rtol=1e-4, atol=1e-5 * size, err_msg=name)
+
+
 def test_top_k_keeps_the_largest(rng) -> None:
     params, x = random_params(TopK(k=3), rng), rows(rng)
     pre = np.asarray((x - params["b_dec"][None]) @ params["W_enc"] + params["b_enc"][None])
