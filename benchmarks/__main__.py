@@ -15,6 +15,7 @@ ALL = (
     "harvest",
     "patching",
     "stacked",
+    "stacked_xl",
     "loading",
     "activation_stream",
     "sae",

@@ -30,39 +30,44 @@ def smollm2() -> ij.LanguageModel:
 @functools.cache
 def gpt2_small() -> ij.LanguageModel:
     """GPT-2 in its smallest published shape, with random weights (its own are not in a package registry)."""
+    return _gpt2("gpt2-small shape", n_layers=12, n_heads=12, d_model=768)
+
+
+@functools.cache
+def gpt2_xl() -> ij.LanguageModel:
+    """GPT-2 in its largest published shape, 6 GB of weights that are random and the same in each layer."""
+    return _gpt2("gpt2-xl shape", n_layers=48, n_heads=25, d_model=1600)
+
+
+def _gpt2(name: str, *, n_layers: int, n_heads: int, d_model: int) -> ij.LanguageModel:
     config = {
         "model_type": "gpt2",
         "vocab_size": 50257,
         "n_positions": 1024,
-        "n_embd": 768,
-        "n_layer": 12,
-        "n_head": 12,
+        "n_embd": d_model,
+        "n_layer": n_layers,
+        "n_head": n_heads,
     }
+    shapes = {f"{norm}.{part}": (d_model,) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")}
+    for layer, d_in, d_out in (
+        ("attn.c_attn", d_model, 3 * d_model),
+        ("attn.c_proj", d_model, d_model),
+        ("mlp.c_fc", d_model, 4 * d_model),
+        ("mlp.c_proj", 4 * d_model, d_model),
+    ):
+        shapes |= {f"{layer}.weight": (d_in, d_out), f"{layer}.bias": (d_out,)}
+    around = {"wte.weight": (50257, d_model), "wpe.weight": (1024, d_model)}
+    around |= {f"ln_f.{part}": (d_model,) for part in ("weight", "bias")}
     rng = np.random.default_rng(0)
-    tensors: dict[str, Any] = {}
 
-    def add(name: str, *shape: int) -> None:
-        tensors[name] = rng.normal(0, 0.02, shape).astype(np.float32)
+    def drawn(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+        return {key: rng.standard_normal(shape, np.float32) * np.float32(0.02) for key, shape in shapes.items()}
 
-    add("transformer.wte.weight", 50257, 768)
-    add("transformer.wpe.weight", 1024, 768)
-    for i in range(12):
-        at = f"transformer.h.{i}"
-        for norm in ("ln_1", "ln_2"):
-            add(f"{at}.{norm}.weight", 768)
-            add(f"{at}.{norm}.bias", 768)
-        for layer, d_in, d_out in (
-            ("attn.c_attn", 768, 2304),
-            ("attn.c_proj", 768, 768),
-            ("mlp.c_fc", 768, 3072),
-            ("mlp.c_proj", 3072, 768),
-        ):
-            add(f"{at}.{layer}.weight", d_in, d_out)
-            add(f"{at}.{layer}.bias", d_out)
-    add("transformer.ln_f.weight", 768)
-    add("transformer.ln_f.bias", 768)
+    layer = drawn(shapes)
+    tensors = {f"transformer.{key}": value for key, value in drawn(around).items()}
+    tensors |= {f"transformer.h.{i}.{key}": value for i in range(n_layers) for key, value in layer.items()}
     checkpoint = Checkpoint("gpt2", config, Tensors.from_arrays(tensors), tokenizer=None, source="random weights")
-    return dataclasses.replace(transformers_gpt2.from_checkpoint(checkpoint), name="gpt2-small shape")
+    return dataclasses.replace(transformers_gpt2.from_checkpoint(checkpoint), name=name)
 
 
 @functools.cache

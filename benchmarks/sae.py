@@ -36,7 +36,8 @@ def main(n_latents: int = 16384, n_batch: int = 4096) -> bool:
         "top_k": _stepper(StepRule(TopK(K)), n_latents, x),
         "batch_top_k": _stepper(StepRule(BatchTopK(K)), n_latents, x),
         "relu, none dead": _stepper(ghost, n_latents, x),
-        "relu, a quarter dead": _stepper(ghost, n_latents, x, dead_share=0.25),
+        "relu, an eighth dead": _stepper(ghost, n_latents, x, dead_share=1 / 8),
+        "relu, four tenths dead": _stepper(ghost, n_latents, x, dead_share=0.4),
         "relu, all dead": _stepper(ghost, n_latents, x, dead_share=1.0),
         "top_k, all dead": _stepper(
             StepRule(TopK(K), dead_term=AuxK(), dead_after_tokens=2**30), n_latents, x, dead_share=1.0
@@ -71,7 +72,8 @@ def main(n_latents: int = 16384, n_batch: int = 4096) -> bool:
         ("top_k", "relu", 0.5),
         ("batch_top_k", "relu", 1.15),
         ("relu, none dead", "relu", 1.05),
-        ("relu, a quarter dead", "relu", 1.5),
+        ("relu, an eighth dead", "relu", 1.5),
+        ("relu, four tenths dead", "relu", 1.5),
         ("relu, all dead", "relu", 1.5),
         ("top_k, all dead", "relu", 1.15),
     ):

@@ -66,7 +66,7 @@ def compiling(name: str, plain: Any, stacked: Any) -> bool:
     return holds
 
 
-def running(name: str, plain: Any, stacked: Any) -> bool:
+def running(name: str, plain: Any, stacked: Any, *, rounds: int = 15) -> bool:
     """Seconds of running, stacked over unrolled, and the loop over plain forward."""
     n_layers = stacked.config.n_layers
     difference = float(jnp.abs(stacked(LONG) - plain(LONG)).max())
@@ -81,7 +81,7 @@ def running(name: str, plain: Any, stacked: Any) -> bool:
             "stacked": lambda: stacked(LONG),
             "loop": lambda: loop(stacked, next(layers) % n_layers),
         },
-        rounds=15,
+        rounds=rounds,
     )
     named = {f"{key}_s": value for key, value in seconds.items()}
     for what, one, other, most in (

@@ -38,8 +38,8 @@ from interp_jax.methods.sae.decoder_norm import constrained, tangent
 from interp_jax.methods.sae.parameters import Params
 
 TOKENS_MAX = 2**31 - 1
-# Up to this share of dead latents, the term about them is computed from them alone.
-SHARE_OF_FEW = 0.25
+# Up to such shares of dead latents, the term about them is computed from so many alone, which is compiled for each.
+SHARES_OF_FEW = (0.125, 0.4)
 
 
 @dataclass(frozen=True)
@@ -279,23 +279,25 @@ def _with_gradients(
     if (term := rule.dead_term) is None:
         return run(None, params)
     dead = term.dead(is_dead, n_steps)
-    n_dead, n_few = dead.sum(dtype=jnp.int32), max(1, int(len(dead) * SHARE_OF_FEW))
+    n_dead = dead.sum(dtype=jnp.int32)
     share = n_dead.astype(jnp.float32) / len(dead)
+    sizes = [max(1, int(len(dead) * few)) for few in SHARES_OF_FEW]
 
-    def of_few(params: Params, training_pass: TrainPass, residual: jax.Array) -> jax.Array:
+    def of_few(size: int, params: Params, training_pass: TrainPass, residual: jax.Array) -> jax.Array:
         del training_pass
         # What they read is computed again, or the gradient to it would be as large as that to all latents.
-        own = parameters.of_latents(params, jnp.nonzero(dead, size=n_few, fill_value=0)[0])
+        own = parameters.of_latents(params, jnp.nonzero(dead, size=size, fill_value=0)[0])
         _, pre = rule.architecture.pre_activations(own, x, dtype)
-        return term(pre, own["W_dec"], residual, jnp.arange(n_few) < n_dead, share, dtype)
+        return term(pre, own["W_dec"], residual, jnp.arange(size) < n_dead, share, dtype)
 
     def of_all(params: Params, training_pass: TrainPass, residual: jax.Array) -> jax.Array:
         return term(training_pass.pre_activations, params["W_dec"], residual, dead, share, dtype)
 
     # A step each, and not one with branches in its loss: a branch that does nothing would still have a gradient to all
     # latents, of zeros.
-    level = (n_dead > 0).astype(jnp.int32) + (n_dead > n_few).astype(jnp.int32)
-    return lax.switch(level, [partial(run, None), partial(run, of_few), partial(run, of_all)], params)
+    level = (n_dead > jnp.asarray([0, *sizes])).sum(dtype=jnp.int32)
+    terms = [None, *(partial(of_few, size) for size in sizes), of_all]
+    return lax.switch(level, [partial(run, of_dead) for of_dead in terms], params)
 
 
 def _ramp(n_steps: jax.Array, length: int) -> jax.Array:

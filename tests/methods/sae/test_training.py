@@ -248,13 +248,13 @@ def test_a_few_dead_latents_have_the_gradients_of_all(rng, term, variant, monkey
     rule = StepRule(variant, dead_term=term)
     is_dead = jnp.arange(N) % 4 == 1  # Not more than a quarter, and the first is not among them.
 
-    def of(share: float):
-        monkeypatch.setattr(train_step, "SHARE_OF_FEW", share)
+    def of(*shares: float):
+        monkeypatch.setattr(train_step, "SHARES_OF_FEW", shares)
         one = jnp.ones(())
         (_, (*_, loss)), gradients = train_step._with_gradients(rule, params, x, x, one, is_dead, one, one)
         return loss, gradients
 
-    (few, by_few), (whole, by_whole) = of(0.5), of(0.0)
+    (few, by_few), (whole, by_whole) = of(0.1, 0.5), of()
     assert few == pytest.approx(float(whole), rel=1e-4) and few > 0
     for name, value in by_whole.items():
         np.testing.assert_allclose(by_few[name], value, atol=1e-4 * float(jnp.abs(value).max()), err_msg=name)
