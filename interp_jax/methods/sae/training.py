@@ -29,7 +29,8 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +43,7 @@ from interp_jax.core.errors import InvalidInputError, four_part
 from interp_jax.core.sites import Site
 from interp_jax.forward.batch_streams import BatchStream
 from interp_jax.methods.sae import normalization, resampling
-from interp_jax.methods.sae.checkpoints import Checkpoints
+from interp_jax.methods.sae.checkpoints import Checkpoints, write_whole_text
 from interp_jax.methods.sae.normalization import Normalization
 from interp_jax.methods.sae.parameters import geometric_median
 from interp_jax.methods.sae.resampling import Redraw, Resample
@@ -98,6 +99,7 @@ def train(
         UnknownNameError: A site the stream does not have, or an unknown rule.
         InvalidInputError: Numbers that do not go together, or activations that are not finite too often.
         LoadError: The directory holds a run with another configuration.
+        ExportError: The directory cannot be written to.
     """
     check_config(config, stream.widths)
     run = _Run(config, stream)
@@ -309,13 +311,29 @@ class _Log:
     def __init__(self, path: Path, n_steps: int):
         lines = path.read_text().splitlines() if path.exists() else []
         self.entries = [entry for line in lines if (entry := _parsed(line)) and entry["step"] <= n_steps]
-        path.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries))
-        self._path = path
+        self._path, self._is_whole = path, True
+        kept = "".join(json.dumps(entry) + "\n" for entry in self.entries)
+        self._tried(lambda: write_whole_text(path, kept))
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append an entry."""
+        self._tried(lambda: self._append(json.dumps(entry) + "\n"))
+
+    def _append(self, line: str) -> None:
         with self._path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(line)
+
+    def _tried(self, action: Callable[[], None]) -> None:
+        """A log that cannot be written is no reason to lose the run; it is said once."""
+        try:
+            action()
+        except OSError as error:
+            if self._is_whole:
+                warnings.warn(
+                    f"{self._path} could not be written ({error}). Training goes on; lines are missing from it.",
+                    stacklevel=4,
+                )
+            self._is_whole = False
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
