@@ -1,9 +1,12 @@
 """Patch set for Tunix's NNX Gemma 3 (google-tunix): text models with `model_type: gemma3_text`.
 
-Of six layers five see only a window of positions, and turn heads by another rotary base than the sixth: stacked, the
-layers are six subtrees, and an iteration of the scan is six layers. What attention and MLP write is normed before it is
-added to the residual stream: `attn_out` and `mlp_out` are what is added, `attn_proj` and `mlp_proj` what is normed.
-`q` and `k` are the projections, before their norms. Norms multiply by 1 + w; `ln1_w` and its like are that gain.
+Of six layers five see only a window of positions, and turn heads by another rotary base than the sixth. All have the
+same shapes, so that stacked they are one subtree, however many there are: window, rotary base and scale are numbers
+that the scan takes along, and a layer without a window has one that is wider than any text.
+
+What attention and MLP write is normed before it is added to the residual stream: `attn_out` and `mlp_out` are what is
+added, `attn_proj` and `mlp_proj` what is normed. `q` and `k` are the projections, before their norms. Norms multiply by
+1 + w; `ln1_w` and its like are that gain.
 
 `TAGS` make the sites and change nothing. `MENDS` repair the window, which upstream measures from the first query when
 there are more than one, wherever in the cache they lie, and how JAX is asked for the mesh in force.
@@ -11,8 +14,7 @@ there are more than one, wherever in the cache they lie, and how JAX is asked fo
 >>> GROUP
 ('local', 'local', 'local', 'local', 'local', 'global')
 
-Sharp edges: the number of layers has to be a multiple of six to be stacked (270m, but not 1b). Images, soft-caps, which
-are Gemma 2's, and norms with an epsilon other than 1e-6 are refused.
+Sharp edges: images, soft-caps, which are Gemma 2's, and norms with an epsilon other than 1e-6 are refused.
 
 Source: tunix.models.gemma3.model; transformers' torch Gemma 3 for the configuration and what is mended.
 """
@@ -181,8 +183,23 @@ TAGS = Patcher(
 
 # One of these two goes with TAGS.
 LAYER_LOOP = Patcher(MODULE, {"Gemma3.__call__": [tunix_nnx.LAYER_LOOP]})
+# In a scan `scale_factor` is traced, and cannot be compared; `from_checkpoint` has done so.
 LAYER_SCAN = Patcher(
-    MODULE, {"Gemma3.__call__": [tunix_nnx.LAYER_SCAN_SCOPED]}, names={"scan_modules": tunix_nnx.scan_modules}
+    MODULE,
+    {
+        "Gemma3.__call__": [tunix_nnx.LAYER_SCAN_SCOPED],
+        "apply_rope": [
+            (
+                """
+                if scale_factor < 1.0:
+                    $$refuse
+                sinusoid_inp /= scale_factor
+                """,
+                "sinusoid_inp /= scale_factor",
+            ),
+        ],
+    },
+    names={"scan_module": tunix_nnx.scan_module},
 )
 
 MENDS = Patcher(
@@ -222,7 +239,14 @@ PATCH_SET = PatchSet(
     upstream={f"{MODULE}:{member}": digest for member, digest in DIGESTS.items()},
 )
 STACKED_PATCH_SET = dataclasses.replace(
-    PATCH_SET, name="tunix_gemma3 (stacked)", tags=(TAGS,), mends=(MENDS, LAYER_SCAN)
+    PATCH_SET,
+    name="tunix_gemma3 (stacked)",
+    tags=(TAGS,),
+    mends=(MENDS, LAYER_SCAN),
+    upstream={
+        **PATCH_SET.upstream,
+        f"{MODULE}:apply_rope": "0bfd3068010ab9e49b5482f80280b2e40e9243ade60771b5368d5b0ceaa3c3f1",
+    },
 )
 
 
@@ -234,14 +258,14 @@ def from_checkpoint(
     Args:
         checkpoint: Configuration, weights and tokenizer in the Hugging Face convention.
         dtype: Of parameters and computation: float32 or bfloat16.
-        stacked: Whether to hold the layers as six subtrees and run them as a scan over groups of six.
+        stacked: Whether to hold the layers as one subtree and run them as a scan.
         sharding: Where the parameters go; see `interp_jax.models.loading.load`.
 
     Returns:
         The model.
 
     Raises:
-        UnsupportedModelError: A configuration that upstream's code does not compute, or layers that do not stack.
+        UnsupportedModelError: A configuration that upstream's code does not compute.
         LoadError: Weights that do not fit the configuration.
         InvalidInputError: Upstream does not compute in this dtype.
         PatchError: Tunix is not installed, or in a version the patches are not for.
@@ -251,7 +275,9 @@ def from_checkpoint(
     given = {key: value for key in HANDLED_KEYS if (value := checkpoint.config.get(key)) is not None}
     kinds = [_KIND[GROUP[i % len(GROUP)]] for i in range(given.get("num_hidden_layers", 0))]
     d_head, n_heads = given.get("head_dim", 0), max(given.get("num_attention_heads", 1), 1)
-    scaling = given.get("rope_scaling", {})
+    factor = given.get("rope_scaling", {}).get("factor", 1.0)
+    # What upstream takes.
+    least_factor = factor if isinstance(factor, (int, float)) and factor >= 1.0 else 1.0
     transformers_flax.check_values(
         checkpoint,
         required=REQUIRED_KEYS,
@@ -262,7 +288,7 @@ def from_checkpoint(
             "sliding_window_pattern": (len(GROUP),),
             "_sliding_window_pattern": (len(GROUP),),
             "query_pre_attn_scalar": (d_head, given.get("hidden_size", 0) // n_heads),
-            "rope_scaling": ({"rope_type": "default"}, {"rope_type": "linear", "factor": scaling.get("factor")}),
+            "rope_scaling": ({"rope_type": "default"}, {"rope_type": "linear", "factor": least_factor}),
             "attention_bias": (False,),
             "attn_logit_softcapping": (),
             "final_logit_softcapping": (),
@@ -293,7 +319,7 @@ def from_checkpoint(
         window=tuple(window if kind == _KIND["local"] else None for kind in kinds),
     )
     scale = given.get("query_pre_attn_scalar", d_head)
-    upstream = _build(config, scale, given.get("rope_local_base_freq", 1e4), scaling.get("factor", 1.0), stacked)
+    upstream = _build(config, scale, given.get("rope_local_base_freq", 1e4), factor, stacked)
     return tunix_nnx.read(checkpoint, upstream, config, sharding=sharding)
 
 
@@ -344,6 +370,17 @@ def family_of(query_scalar: float, local_base: float, factor: float) -> tunix_nn
             param_dtype=jnp.dtype(config.dtype),
         )
 
+    def differences(config: ModelConfig) -> dict[str, Any]:
+        without_window = (jnp.iinfo(jnp.int32).max, config.rope_theta, factor)
+        windows = [config.window_of(i) for i in range(config.n_layers)]
+        layers = [without_window if window is None else (window, local_base, 1.0) for window in windows]
+        sizes, bases, factors = zip(*layers, strict=True)
+        return {
+            "sliding_window_size": jnp.int32(sizes),
+            "rope_base_frequency": jnp.float32(bases),
+            "rope_scale_factor": jnp.float32(factors),
+        }
+
     return tunix_nnx.Family(
         name="tunix_gemma3",
         module=MODULE,
@@ -354,6 +391,7 @@ def family_of(query_scalar: float, local_base: float, factor: float) -> tunix_nn
         weights=layer_weights,
         tensors=tensors,
         gain=_gain,
+        differences=differences,
     )
 
 

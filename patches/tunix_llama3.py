@@ -124,9 +124,7 @@ TAGS = Patcher(MODULE, {**TAGGED, **tagged_model("Llama3")})
 
 # One of these two goes with TAGS.
 LAYER_LOOP = Patcher(MODULE, {"Llama3.__call__": [tunix_nnx.LAYER_LOOP]})
-LAYER_SCAN = Patcher(
-    MODULE, {"Llama3.__call__": [tunix_nnx.LAYER_SCAN]}, names={"scan_modules": tunix_nnx.scan_modules}
-)
+LAYER_SCAN = Patcher(MODULE, {"Llama3.__call__": [tunix_nnx.LAYER_SCAN]}, names={"scan_module": tunix_nnx.scan_module})
 
 ROPE_BASE = ("apply_rope", "rope_with(apply_rope, self.config.rope_theta)", 2)
 MENDS = Patcher(MODULE, {"shard": [tunix_nnx.MESH], "Attention.block": [ROPE_BASE]}, names={"rope_with": rope_with})

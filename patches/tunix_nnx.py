@@ -2,8 +2,8 @@
 
 An NNX module holds its parameters. Here it is split once into a description and a state: the parameters are a plain
 pytree of arrays, and at each trace the description is merged with them. Stacked, the description is that of a model
-with as many layers as there are kinds of layers, each holding arrays with a leading layer axis, and the loop over them
-is a scan.
+with one layer, whose arrays have a leading layer axis, and the loop over layers is a scan. Numbers in which layers
+differ, such as windows, are then arrays of that layer too, and the scan takes them along as it does the parameters.
 
 >>> before, after = LAYER_LOOP
 >>> print(after)
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -61,7 +61,7 @@ LAYER_SCAN = (
             new_cache[layer_name] = layer_cache
     """,
     """
-    x, new_cache = scan_modules(self.layers, x, cache, lambda layer, x, layer_cache: $call)
+    x, new_cache = scan_module(self.layers[0], x, cache, lambda layer, x, layer_cache: $call)
     """,
 )
 # As Gemma writes it.
@@ -82,15 +82,13 @@ LAYER_SCAN_SCOPED = (
 MESH = ("mesh = pxla.thread_resources.env.physical_mesh", "mesh = jax.sharding.get_abstract_mesh()")
 
 
-def scan_modules(
-    modules: Sequence[Any], x: Any, cache: Any, call: Callable[[Any, Any, Any], tuple[Any, Any]]
-) -> tuple[Any, Any]:
+def scan_module(module: Any, x: Any, cache: Any, call: Callable[[Any, Any, Any], tuple[Any, Any]]) -> tuple[Any, Any]:
     """Run stacked layers as a scan.
 
     Args:
-        modules: A module for each kind of layer, whose parameters have a leading layer axis.
+        module: The layers as one module, whose arrays have a leading layer axis.
         x: What the first layer gets.
-        cache: By "layer_0", "layer_1", ..., the stacked cache of each kind of layer; or None.
+        cache: The stacked cache as "layer_0", or None.
         call: `(module, x, layer's cache) -> (layer's cache, x)`, upstream's own call of a layer.
 
     Returns:
@@ -98,23 +96,15 @@ def scan_modules(
     """
     from flax import nnx
 
-    def run_of(graph: Any) -> Callable[[Any, Any], tuple[Any, Any]]:
-        def run(x: Any, layer: Any) -> tuple[Any, Any]:
-            state, layer_cache = layer
-            layer_cache, x = call(nnx.merge(graph, state), x, layer_cache)
-            return x, layer_cache
+    graph, states = nnx.split(module)
 
-        return run
+    def run(x: Any, layer: Any) -> tuple[Any, Any]:
+        state, layer_cache = layer
+        layer_cache, x = call(nnx.merge(graph, state), x, layer_cache)
+        return x, layer_cache
 
-    graphs, states = zip(*(nnx.split(module) for module in modules), strict=True)
-    caches = [None if cache is None else cache[f"layer_{i}"] for i in range(len(graphs))]
-    groups = list(zip(states, caches, strict=True))
-    if len(graphs) == 1:
-        x, new = scan_layers(run_of(graphs[0]), x, groups[0])
-        news = (new,)
-    else:
-        x, news = scan_layers([run_of(graph) for graph in graphs], x, groups)
-    return x, None if cache is None else {f"layer_{i}": new for i, new in enumerate(news)}
+    x, new = scan_layers(run, x, (states, None if cache is None else cache["layer_0"]))
+    return x, None if cache is None else {"layer_0": new}
 
 
 def visible(mask: Any, start: Any, n_queries: int) -> jax.Array:
@@ -147,6 +137,8 @@ class Family:
         weights: `(config) -> canonical weights of a layer`.
         tensors: `(config, layers) -> the parameters as tensors of a Hugging Face directory`.
         gain: A norm's parameter to the gain it stands for.
+        differences: `(config) -> numbers, one for each layer, by the attribute of the layer's attention that they are`:
+            in what layers differ beside their parameters.
     """
 
     name: str
@@ -158,6 +150,7 @@ class Family:
     weights: Callable[[ModelConfig], dict[str, Any]]
     tensors: Callable[[ModelConfig, transformers_stacked.Layers], dict[str, Any]]
     gain: Callable[[Any], Any] = lambda parameter: parameter
+    differences: Callable[[ModelConfig], Mapping[str, Any]] = lambda config: {}
 
     def unbound(self, config: ModelConfig, n_layers: int) -> tuple[Any, Any]:
         """Upstream's model without its parameters: the description, and an abstract state.
@@ -182,13 +175,6 @@ class Family:
         return nnx.split(nnx.eval_shape(make))
 
 
-def layers_of(config: ModelConfig, *, stacked: bool) -> transformers_stacked.Layers:
-    """Where the layers lie, for models of this `config`, `stacked` or not; kinds of layers differ in their windows."""
-    windows = config.window if isinstance(config.window, tuple) else ()
-    kinds = tuple("global" if window is None else "local" for window in windows)
-    return transformers_stacked.Layers(("layers",), config.n_layers, stacked, kinds)
-
-
 def bound(unbound: tuple[Any, Any], params: Any) -> Any:
     """Upstream's model with its parameters.
 
@@ -208,6 +194,14 @@ def bound(unbound: tuple[Any, Any], params: Any) -> Any:
     return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), leaves))
 
 
+def _let_differ(attention: Any, differences: Mapping[str, Any]) -> None:
+    """Give the attention of a stacked layer arrays for attributes that upstream's `__init__` sets to one number."""
+    from flax import nnx
+
+    for name, numbers in differences.items():
+        setattr(attention, name, nnx.data(jnp.asarray(numbers)))
+
+
 def upstream_of(
     family: Family, config: ModelConfig, patch_set: PatchSet, *, stacked: bool, restacked: Callable[[], Upstream]
 ) -> Upstream:
@@ -223,14 +217,16 @@ def upstream_of(
     Returns:
         Its functions.
     """
-    layers, short = layers_of(config, stacked=stacked), family.name.removeprefix("tunix_")
-    stride = layers.stride if stacked else 1
-    unbound = family.unbound(config, stride if stacked else config.n_layers)
+    layers = transformers_stacked.Layers(("layers",), config.n_layers, stacked)
+    n_modules, short = 1 if stacked else config.n_layers, family.name.removeprefix("tunix_")
+    unbound = family.unbound(config, n_modules)
 
     def model(params: Any) -> Any:
-        if stacked and stride == 1:
-            params = {**params, "layers": {"0": params["layers"]}}
-        return bound(unbound, params)
+        if not stacked:
+            return bound(unbound, params)
+        whole = bound(unbound, {**params, "layers": {"0": params["layers"]}})
+        _let_differ(whole.layers[0].attn, family.differences(config))
+        return whole
 
     def forward(params: Any, tokens: Any) -> jax.Array:
         ids, mask, positions = transformers_flax.read_tokens(tokens)
@@ -246,10 +242,10 @@ def upstream_of(
         return logits, KVCache(held, mask, cache.length + ids.shape[1])
 
     def init_cache(batch: int, length: int) -> KVCache:
-        lead = (config.n_layers // stride,) if stacked else ()
+        lead = (config.n_layers,) if stacked else ()
         values = jnp.zeros((*lead, batch, length, config.n_kv_heads, config.d_head), config.dtype)
         layer = {"k": values, "v": values, "end_index": jnp.zeros((*lead, batch), jnp.int32)}
-        held = {f"layer_{i}": dict(layer) for i in range(stride if stacked else config.n_layers)}
+        held = {f"layer_{i}": dict(layer) for i in range(n_modules)}
         return KVCache(held, jnp.zeros((batch, length), bool), jnp.int32(0))
 
     def unembed(params: Any, normalised: Any) -> jax.Array:

@@ -40,7 +40,7 @@ TAGS = Patcher(MODULE, {**tunix_llama3.TAGGED, **tunix_llama3.tagged_model("Qwen
 
 # One of these two goes with TAGS.
 LAYER_LOOP = Patcher(MODULE, {"Qwen3.__call__": [tunix_nnx.LAYER_LOOP]})
-LAYER_SCAN = Patcher(MODULE, {"Qwen3.__call__": [tunix_nnx.LAYER_SCAN]}, names={"scan_modules": tunix_nnx.scan_modules})
+LAYER_SCAN = Patcher(MODULE, {"Qwen3.__call__": [tunix_nnx.LAYER_SCAN]}, names={"scan_module": tunix_nnx.scan_module})
 MENDS = Patcher(
     MODULE,
     {
