@@ -64,11 +64,26 @@ HANDLED_KEYS = REQUIRED_KEYS | frozenset(
         "tie_word_embeddings",
     }
 )
-# Dropout is for training, the classifier for classification.
-IGNORABLE_KEYS = frozenset({"attention_dropout", "hidden_dropout", "classifier_dropout"})
+# Dropout is for training (GPT-NeoX 20B's file calls it otherwise), the classifier for classification.
+IGNORABLE_KEYS = frozenset(
+    {
+        "attention_dropout",
+        "hidden_dropout",
+        "classifier_dropout",
+        "attention_probs_dropout_prob",
+        "hidden_dropout_prob",
+    }
+)
 
-# Penzai's names of the nonlinearities, by those of Hugging Face.
-ACTIVATIONS: Mapping[str, str] = {"gelu": "gelu_exact", "gelu_new": "gelu_approx", "relu": "relu", "silu": "silu"}
+# Penzai's names of the nonlinearities, by those of Hugging Face, where three are the same function.
+ACTIVATIONS: Mapping[str, str] = {
+    "gelu": "gelu_exact",
+    "gelu_new": "gelu_approx",
+    "gelu_fast": "gelu_approx",
+    "gelu_pytorch_tanh": "gelu_approx",
+    "relu": "relu",
+    "silu": "silu",
+}
 
 TAGS = Patcher(
     MODULE,

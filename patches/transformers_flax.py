@@ -205,17 +205,21 @@ def check_values(
                 fix="use another model, or teach the family's patch set (a mend) what this setting means.",
             )
         )
+    config, odd = checkpoint.config, []
     for part, whole in divides:
-        small, large = checkpoint.config.get(part), checkpoint.config.get(whole)
+        small, large = config.get(part), config.get(whole)
         if small is not None and large is not None and (small < 1 or large % small):
-            raise UnsupportedModelError(
-                four_part(
-                    f"Configuration with {part}={small} and {whole}={large}",
-                    where=checkpoint.source,
-                    expected=f"{part} to divide {whole}.",
-                    fix="check that config.json belongs to this model.",
-                )
+            odd.append((part, whole))
+    if odd:
+        raise UnsupportedModelError(
+            four_part(
+                "Configuration with "
+                + "; ".join(f"{part}={config[part]} and {whole}={config[whole]}" for part, whole in odd),
+                where=checkpoint.source,
+                expected="; ".join(f"{part} to divide {whole}" for part, whole in odd) + ".",
+                fix="check that config.json belongs to this model.",
             )
+        )
 
 
 def read(

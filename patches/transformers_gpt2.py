@@ -47,10 +47,13 @@ HANDLED_KEYS = REQUIRED_KEYS | frozenset(
         "add_cross_attention",
     }
 )
-# Dropout is for training, the summary for classification; n_ctx repeats n_positions.
+# Dropout is for training, the summary for classification; n_ctx repeats n_positions. GPT-2 Medium's file has two keys
+# of the first GPT.
 IGNORABLE_KEYS = frozenset(
     {
         "n_ctx",
+        "n_special",
+        "predict_special_tokens",
         "resid_pdrop",
         "embd_pdrop",
         "attn_pdrop",

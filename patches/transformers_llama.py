@@ -67,8 +67,11 @@ HANDLED_KEYS = REQUIRED_KEYS | frozenset(
         "mlp_bias",
     }
 )
-# Dropout is for training, tensor parallelism for speed; `is_llama_config` is a remark in SmolLM's files.
-IGNORABLE_KEYS = frozenset({"attention_dropout", "pretraining_tp", "is_llama_config", "transformers.js_config"})
+# Dropout is for training, tensor parallelism for speed; `is_llama_config` is a remark in SmolLM's files, and the first
+# Llama's say `max_position_embeddings` twice.
+IGNORABLE_KEYS = frozenset(
+    {"attention_dropout", "pretraining_tp", "is_llama_config", "max_sequence_length", "transformers.js_config"}
+)
 
 
 TAGS = Patcher(

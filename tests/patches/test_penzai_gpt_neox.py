@@ -16,6 +16,7 @@ import pytest
 from interp_jax.core.errors import InvalidInputError, LoadError, PatchError, UnknownNameError, UnsupportedModelError
 from interp_jax.core.sites import Site
 from interp_jax.models.check import stable_hlo
+from interp_jax.models.contracts import ACTIVATIONS
 from interp_jax.models.loading import load, read_checkpoint
 from interp_jax.models.weights.checkpoint import Tensors
 from interp_jax.patches import penzai_gpt_neox, penzai_layers, transformers_flax
@@ -310,6 +311,15 @@ def test_buffers_of_old_files_are_left_over(models) -> None:
     }
     lm = penzai_gpt_neox.from_checkpoint(altered(more=buffers))
     np.testing.assert_array_equal(lm(TOKENS), models[0](TOKENS))
+
+
+def test_the_nonlinearity_of_the_largest_model() -> None:
+    """GPT-NeoX 20B names its gelu otherwise than Pythia does, and means its approximation."""
+    lm = penzai_gpt_neox.from_checkpoint(altered(hidden_act="gelu_fast"))
+    values = lm.reap(TOKENS, ["0.mlp_pre", "0.mlp_post"])
+    expected = ACTIVATIONS["gelu_fast"](np.asarray(values["0.mlp_pre"], np.float64))
+    np.testing.assert_allclose(values["0.mlp_post"], expected, atol=1e-6)
+    assert np.abs(expected - ACTIVATIONS["gelu"](np.asarray(values["0.mlp_pre"]))).max() > 1e-5
 
 
 def test_a_tag_shows_axes_in_the_order_asked_for_whatever_the_memory(rng: np.random.Generator) -> None:

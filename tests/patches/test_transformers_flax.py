@@ -306,6 +306,10 @@ REFUSED = {
     "key heads that do not divide": (
         "llama", {"num_key_value_heads": 3}, UnsupportedModelError, "num_key_value_heads to divide num_attention_heads"
     ),
+    "both kinds of heads": (
+        "llama", {"num_attention_heads": 5, "num_key_value_heads": 3, "head_dim": None}, UnsupportedModelError,
+        "num_attention_heads=5 and hidden_size=16; num_key_value_heads=3 and num_attention_heads=5",
+    ),
     "gpt2 missing key": ("gpt2", {"n_layer": None}, UnsupportedModelError, "Configuration without n_layer"),
     "missing weight": ("llama", {"without": "model.norm.weight"}, LoadError, "missing (1): model.norm.weight"),
     "gpt2 missing weight": ("gpt2", {"without": "transformer.h.1.ln_2.bias"}, LoadError, "transformer.h.1.ln_2.bias"),

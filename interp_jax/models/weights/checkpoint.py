@@ -41,18 +41,18 @@ if TYPE_CHECKING:
 # fmt: off
 NEUTRAL_KEYS = frozenset(
     {
-        "_attn_implementation_autoset", "_name_or_path", "add_cross_attention", "architectures", "auto_map",
-        "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward",
+        "_attn_implementation_autoset", "_name_or_path", "_num_labels", "add_cross_attention", "architectures",
+        "auto_map", "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward",
         "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping",
         "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty", "finetuning_task",
         "forced_bos_token_id", "forced_eos_token_id", "id2label", "initializer_range", "is_decoder",
         "is_encoder_decoder", "label2id", "length_penalty", "max_length", "min_length", "model_type",
         "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions",
-        "output_hidden_states", "output_scores", "pad_token_id", "prefix", "problem_type", "remove_invalid_values",
-        "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens",
-        "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k",
-        "top_p", "torch_dtype", "torchscript", "transformers_version", "typical_p", "unk_token_id", "use_bfloat16",
-        "use_cache",
+        "output_hidden_states", "output_past", "output_scores", "pad_token_id", "prefix", "problem_type",
+        "remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id",
+        "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder",
+        "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers_version", "typical_p",
+        "unk_token_id", "use_bfloat16", "use_cache",
     }
 )
 # fmt: on
@@ -233,8 +233,9 @@ class Checkpoint:
                 where=self.source,
                 expected=f"keys the {self.family} family handles: {shorten(sorted(handled), limit=40)}"
                 + (f". {'; '.join(near)}" if near else ""),
-                fix="if these keys leave the forward pass unchanged, remove them from config.json; otherwise the "
-                f"patch set of {self.family} has to learn them (HANDLED_KEYS, IGNORABLE_KEYS).",
+                fix=f"check that this is a {self.family} (model_type). If these keys leave the forward pass unchanged, "
+                f"remove them from config.json; otherwise the patch set of {self.family} has to learn them "
+                "(HANDLED_KEYS, IGNORABLE_KEYS).",
             )
         )
 

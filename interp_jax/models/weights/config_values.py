@@ -4,7 +4,7 @@ A config.json is edited by hand more often than any other file of a model. A tex
 itself deep inside upstream's code, as a TypeError about something else, so the kinds are compared first.
 
 >>> wrong_values({"hidden_size": "576", "num_hidden_layers": 30, "rope_theta": float("nan")})
-{'hidden_size': 'a whole number from 1 to 16,777,216', 'rope_theta': 'a positive number'}
+{'hidden_size': 'a whole number from 1 to 16,777,216', 'rope_theta': 'a positive number up to 1,000,000,000'}
 
 Sharp edges: a key without a value (null) passes here; whether it may be left out is the family's to say.
 
@@ -17,7 +17,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-MOST = 1 << 24  # of anything a config counts; far above any model, far below what overflows
+# Far above any model, far below what overflows.
+MOST = 1 << 24  # of anything a config counts
+LARGEST = 1_000_000_000  # of any other number
 
 # fmt: off
 _COUNTS = (
@@ -25,7 +27,10 @@ _COUNTS = (
     "n_inner", "n_layer", "n_positions", "num_attention_heads", "num_heads", "num_hidden_layers",
     "num_key_value_heads", "num_layers", "rotary_dim", "sliding_window", "vocab_size", "window_size",
 )
-_POSITIVE = ("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "rope_theta", "rotary_emb_base", "rotary_pct")
+_POSITIVE = (
+    "layer_norm_eps", "layer_norm_epsilon", "partial_rotary_factor", "query_pre_attn_scalar", "rms_norm_eps",
+    "rope_local_base_freq", "rope_theta", "rotary_emb_base", "rotary_pct",
+)
 _SWITCHES = (
     "attention_bias", "do_layer_norm_before", "enable_bias", "mlp_bias", "reorder_and_upcast_attn",
     "scale_attn_by_inverse_layer_idx", "scale_attn_weights", "tie_word_embeddings", "use_parallel_residual",
@@ -54,8 +59,10 @@ def _expected(key: str, value: Any) -> str | None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if key in _COUNTS and not (is_number and isinstance(value, int) and 1 <= value <= MOST):
         return f"a whole number from 1 to {MOST:,}"
-    if key in _POSITIVE and not (is_number and math.isfinite(value) and value > 0):
-        return "a positive number"
+    if key in _POSITIVE and not (is_number and math.isfinite(value) and 0 < value <= LARGEST):
+        return f"a positive number up to {LARGEST:,}"
     if key in _SWITCHES and not isinstance(value, bool):
         return "true or false"
+    if key == "rope_scaling" and not (isinstance(value, Mapping) and value):
+        return "an object with rope_type, or null"
     return None

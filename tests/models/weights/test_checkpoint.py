@@ -133,6 +133,6 @@ def test_configuration_keys_nobody_knows_are_refused():
     assert str(caught.value) == (
         "Unknown configuration keys n_layers=2, alibi=True in here/model.\n"
         "  Expected: keys the gpt2 family handles: n_head, n_layer. 'n_layers' resembles 'n_layer'\n"
-        "  Fix: if these keys leave the forward pass unchanged, remove them from config.json; otherwise the patch set "
-        "of gpt2 has to learn them (HANDLED_KEYS, IGNORABLE_KEYS)."
+        "  Fix: check that this is a gpt2 (model_type). If these keys leave the forward pass unchanged, remove them "
+        "from config.json; otherwise the patch set of gpt2 has to learn them (HANDLED_KEYS, IGNORABLE_KEYS)."
     )

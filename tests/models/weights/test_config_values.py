@@ -40,4 +40,13 @@ def test_a_number_that_is_none(family: str, value: Any, tmp_path: Path) -> None:
 
 def test_every_offender_is_listed() -> None:
     config = {"n_embd": 1.5, "n_layer": 3, "n_inner": None, "scale_attn_weights": 1, "layer_norm_epsilon": "x", "y": {}}
-    assert list(wrong_values(config)) == ["n_embd", "scale_attn_weights", "layer_norm_epsilon"]
+    config |= {"rope_theta": 10**30, "rope_local_base_freq": 10**9, "rope_scaling": "linear"}
+    assert list(wrong_values(config)) == [
+        "n_embd", "scale_attn_weights", "layer_norm_epsilon", "rope_theta", "rope_scaling"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [{}, [], "linear", 8.0], ids=repr)
+def test_a_scaling_that_is_no_object(value: Any) -> None:
+    assert wrong_values({"rope_scaling": value}) == {"rope_scaling": "an object with rope_type, or null"}
+    assert not wrong_values({"rope_scaling": None})
