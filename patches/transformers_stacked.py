@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from interp_jax.core.errors import UnsupportedModelError, four_part
+from interp_jax.core.errors import ShapeError, UnsupportedModelError, four_part
 from interp_jax.models.weights import layout
 from interp_jax.models.weights.layout import Stored
 from interp_jax.transforms.layer_stack import scan_layers, stack_layers, unstack_layers
@@ -212,6 +212,7 @@ class Layers:
         """Parameters in this layout, from `params` in the other one; `donate` deletes the layers given."""
         given, stride = self._at(params), self.stride
         if self.is_stacked:
+            _check_numbers(given, self.n_layers)
             stacked = stack_layers([given[str(i)] for i in range(self.n_layers)], stride=stride, donate=donate)
             layers = stacked if stride == 1 else _numbered(stacked)
         else:
@@ -247,6 +248,22 @@ def _with(tree: Any, path: tuple[str, ...], subtree: Any) -> Any:
     if not path:
         return subtree
     return {**tree, path[0]: _with(tree.get(path[0], {}), path[1:], subtree)}
+
+
+def _check_numbers(layers: Any, n_layers: int) -> None:
+    """Refuse a collection of layers that lacks one, or has one more."""
+    expected = {str(i) for i in range(n_layers)}
+    offenders = [f"layer {i} is missing" for i in sorted(expected - set(layers), key=int)]
+    offenders += [f"layer {i} is not known" for i in sorted(set(layers) - expected)]
+    if offenders:
+        raise ShapeError(
+            four_part(
+                f"Parameters of other layers than the model has: {', '.join(offenders)}",
+                where="a request for stacked layers",
+                expected=f"layers 0 to {n_layers - 1}, as its configuration says.",
+                fix="give the parameters as `load` gave them; a model of other layers needs another configuration.",
+            )
+        )
 
 
 def _numbered(layers: Sequence[Any]) -> dict[str, Any]:

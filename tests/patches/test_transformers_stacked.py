@@ -5,6 +5,7 @@ Source: interp_jax.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, cast
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from interp_jax.core.errors import LoadError, UnsupportedModelError
+from interp_jax.core.errors import LoadError, ShapeError, UnsupportedModelError
 from interp_jax.core.interventions import Masked
 from interp_jax.core.sites import Site
 from interp_jax.models.language_model import LanguageModel
@@ -231,6 +232,18 @@ def test_missing_weights_of_a_layer_are_told(family: str, rng: np.random.Generat
     name = {"gpt2": "transformer.h.1.ln_2.bias", "llama": "model.layers.1.mlp.up_proj.weight"}[family]
     with pytest.raises(LoadError, match=rf"missing \(1\): {name}"):
         FAMILIES[family].from_checkpoint(checkpoint(family, rng, without=name), stacked=True)
+
+
+def test_parameters_of_other_layers_are_not_stacked() -> None:
+    lm = load(ORACLES / "tiny_gpt2")
+    layers = lm.params["transformer"]["h"]
+    others = {"0": layers["0"], "2": layers["2"], "7": layers["1"]}
+    params = {"transformer": {**lm.params["transformer"], "h": others}}
+    with pytest.raises(ShapeError) as error:
+        dataclasses.replace(lm, params=params).stacked()
+    message = str(error.value)
+    assert "other layers than the model has: layer 1 is missing, layer 7 is not known in a request for" in message
+    assert "Expected: layers 0 to 2" in message and "Fix: " in message
 
 
 @pytest.mark.parametrize("option", ["output_attentions", "output_hidden_states", "deterministic"])

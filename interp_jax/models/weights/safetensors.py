@@ -23,7 +23,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +92,11 @@ def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
         return {directory / SINGLE: None}
     if (directory / INDEX).exists():
         weight_map = _read_object(directory / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
+        is_map = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
+        if not weight_map or not is_map:
             raise LoadError(
                 four_part(
-                    f"A {INDEX} without weight_map",
+                    f"A {INDEX} without weight_map" + (" from tensors to files" if weight_map else ""),
                     where=str(directory),
                     expected="for each tensor the file it is in.",
                     fix="download the file again.",
@@ -127,6 +129,15 @@ def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
             )
         )
     found = sorted(path.name for path in directory.iterdir())
+    if lacking := _lacking_parts(found):
+        raise LoadError(
+            four_part(
+                f"Missing weight files {shorten(lacking)}",
+                where=str(directory),
+                expected=f"each part of the weights, and {INDEX}, which says what is in it.",
+                fix="download the missing files, for example with `hf download <model> --local-dir <directory>`.",
+            )
+        )
     broken = [path.name for path in directory.iterdir() if path.is_symlink() and not path.exists()]
     near = next((name for name in closest(SINGLE, set(found) - set(broken)) if name.endswith(".safetensors")), None)
     raise LoadError(
@@ -139,6 +150,18 @@ def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
             fix="download the weights, for example with `hf download <model> --local-dir <directory>`.",
         )
     )
+
+
+def _lacking_parts(found: Sequence[str]) -> list[str]:
+    """What a directory of weights in several parts lacks; nothing if there is no part of such weights in it."""
+    parts = [match for name in found if (match := re.fullmatch(r"(.*)-(\d+)-of-(\d+)\.safetensors", name))]
+    if not parts:
+        return []
+    stem, _, total = parts[0].groups()
+    # A total that is no number of files is not counted up to.
+    n_parts = int(total) if len(total) <= 5 else 0
+    names = [f"{stem}-{i + 1:0{len(total)}d}-of-{total}.safetensors" for i in range(n_parts)]
+    return [INDEX, *(name for name in names if name not in found)]
 
 
 def _check_files(files: Mapping[Path, set[str] | None]) -> None:

@@ -156,7 +156,25 @@ def test_an_index_that_names_tensors_there_are_not(sharded: Path):
         assert f"(missing: model.layers.9{i}.w; not in the index: none)" in words
 
 
-@pytest.mark.parametrize(("text", "words"), [("{}", "without weight_map"), ("{", "Damaged"), ("[]", "holds a list")])
+def test_parts_without_their_index(sharded: Path):
+    (sharded / INDEX).unlink()
+    assert refusal(sharded).startswith(f"Missing weight files {INDEX} in {sharded}.\n")
+    (sharded / "model-00002-of-00003.safetensors").unlink()
+    words = refusal(sharded)
+    assert words.startswith(f"Missing weight files {INDEX}, model-00002-of-00003.safetensors in {sharded}.\n")
+    assert "Fix: download the missing files" in words
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{}", "without weight_map in"),
+        ("{", "Damaged"),
+        ("[]", "holds a list"),
+        ('{"weight_map": ["a"]}', "without weight_map from tensors to files"),
+        ('{"weight_map": {"a": 3}}', "without weight_map from tensors to files"),
+    ],
+)
 def test_a_damaged_index(sharded: Path, text: str, words: str):
     (sharded / INDEX).write_text(text)
     assert words in refusal(sharded)
