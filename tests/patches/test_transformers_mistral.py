@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.core import Tracer
 
 from interp_jax.core.errors import LoadError, UnsupportedModelError
+from interp_jax.core.sites import Site
 from interp_jax.models.check import stable_hlo
 from interp_jax.models.loading import load, read_checkpoint
 from interp_jax.patches import transformers_mistral
@@ -64,6 +66,62 @@ def test_stacked_and_unstacked_agree_at_every_site(models) -> None:
     assert len(expected) == 3 + 3 * 18
     for site, value in expected.items():
         np.testing.assert_allclose(values[site], value, atol=1e-5 * max(1, float(np.abs(value).max())))
+
+
+@pytest.mark.slow
+def test_gradients_agree(models) -> None:
+    plain, stacked = models
+
+    def gradient(lm: Any) -> Any:
+        def loss(params: Any) -> Any:
+            return -jax.nn.log_softmax(lm.forward(params, TOKENS[:1]))[..., 7].mean()
+
+        return jax.jit(jax.grad(loss))(lm.params)
+
+    expected, found = gradient(plain), stacked.upstream.restack(gradient(stacked))
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        scale = float(jnp.abs(other).max())
+        assert scale > 0
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * scale)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["compiled", "python"])
+def test_the_loop_sees_and_changes_the_same(models, engine: Any) -> None:
+    seen, logits = [], []
+    for lm in models:
+        seen.append({})
+        for layer, name, value in (running_pass := lm.run(TOKENS, sites=["resid_pre", "pattern"], engine=engine)):
+            # In there, values are not known yet.
+            seen[-1][Site(layer, name)] = None if isinstance(value, Tracer) else np.asarray(value)
+            if (layer, name) == (1, "pattern"):
+                running_pass.modified_value = value[:, ::-1]
+            del value
+        logits.append(np.asarray(running_pass.retval))
+    assert set(seen[0]) == set(seen[1]) and len(seen[0]) == 6
+    for site, value in seen[1].items():
+        if value is not None:
+            np.testing.assert_allclose(value, seen[0][site], atol=1e-5 * max(1, float(np.abs(value).max())))
+    np.testing.assert_allclose(logits[1], logits[0], atol=1e-5 * float(np.abs(logits[0]).max()))
+    assert np.abs(logits[0] - np.asarray(models[0](TOKENS))).max() > 1e-2
+
+
+def test_stacking_is_what_loading_stacked_gives(models) -> None:
+    plain, stacked = models
+    for made, loaded in ((plain.stacked(), stacked), (stacked.unstacked(), plain)):
+        assert made.upstream is loaded.upstream
+        assert jax.tree.structure(made.params) == jax.tree.structure(loaded.params)
+        jax.tree.map(np.testing.assert_array_equal, made.params, loaded.params)
+
+
+@pytest.mark.slow
+def test_it_is_upstream_where_upstream_is_right() -> None:
+    """Within the window, with a base of 10000. Upstream makes its angles in double precision."""
+    lm = transformers_mistral.from_checkpoint(altered(rope_theta=10000.0))
+    tokens = TOKENS[:, :WINDOW]
+    upstream = jax.jit(calling(vanilla(rope_theta=10000.0)))(lm.params, tokens)
+    np.testing.assert_allclose(np.asarray(lm(tokens))[tokens >= 0], np.asarray(upstream)[tokens >= 0], atol=2e-5)
 
 
 def test_contracts_know_the_window(models) -> None:
