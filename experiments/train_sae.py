@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from interp_jax.core.errors import check_choice
+from interp_jax.core.errors import check_choice, check_number
 from interp_jax.data.text_streams import Packed, pack
 from interp_jax.figures.sae_evaluation import density_figure, evaluation_page
 from interp_jax.figures.sae_site import write_site
@@ -41,10 +41,13 @@ from interp_jax.methods.sae.architecture import Architecture
 from interp_jax.methods.sae.dashboard import latent_dashboard
 from interp_jax.methods.sae.evaluation import SAEEvaluation, evaluate_sae
 from interp_jax.methods.sae.files import save_sae
+from interp_jax.methods.sae.train_config import check_settings
 from interp_jax.models.loading import load
 
 if TYPE_CHECKING:
     from interp_jax.models.language_model import LanguageModel
+
+ACTIVATIONS = ("disk", "buffer", "direct")
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Config:
         dead_after_tokens: A latent that does not fire for so many tokens is dead, and brought back by AuxK.
         seed: Of weights and order.
         directory: Where the run's state and the dictionary are saved.
+        save_every: After how many steps the state is saved; a run that is killed loses at most so many.
     """
 
     model: str = "smollm2-135m"
@@ -91,6 +95,7 @@ class Config:
     dead_after_tokens: int = 200_000
     seed: int = 0
     directory: str = "runs/train_sae/state"
+    save_every: int = 500
 
     def architecture(self) -> Architecture:
         """The variant with its k.
@@ -109,6 +114,33 @@ class Config:
             quarter = self.n_latents // 4
             options["groups"] = (quarter, self.n_latents - quarter)
         return by_name[self.variant](**options)
+
+    def settings(self) -> TrainConfig:
+        """The training run.
+
+        Returns:
+            Its configuration.
+
+        Raises:
+            UnknownNameError: There is no such variant.
+        """
+        rule = StepRule(
+            self.architecture(),
+            learning_rate=self.learning_rate,
+            n_steps=self.n_steps,
+            n_warm_up_steps=self.n_steps // 20,
+            n_decay_steps=self.n_steps // 5,
+            dead_after_tokens=self.dead_after_tokens,
+            dead_term=AuxK(),
+        )
+        return TrainConfig(
+            rule,
+            n_latents=self.n_latents,
+            sites=(self.site,),
+            coefficients=(self.coefficient,),
+            n_sample_batches=max(1, min(25, self.n_steps // 4)),
+            seed=self.seed,
+        )
 
 
 SMOKE = Config(
@@ -162,31 +194,22 @@ def run(config: Config, *, lm: LanguageModel | None = None, progress: bool = Tru
 
     Raises:
         UnknownNameError: There is no such variant or site.
+        InvalidInputError: Numbers out of range, or that do not go together; most are looked at before anything runs.
         LoadError: The directory holds a run with another configuration.
     """
+    settings = config.settings()
+    check_settings(settings)  # Before the model's passes over the whole text.
+    check_choice(config.activations, ACTIVATIONS, what="activations", where="train_sae")
+    for name, least in {"batch_size": 1, "n_held_out": 1, "n_dashboard": 0, "save_every": 1}.items():
+        check_number(getattr(config, name), what=name, where="train_sae", is_whole=True, at_least=least)
     model = load(config.model) if lm is None else lm
     packed = pack(config.text, model, n_ctx=config.n_ctx)
     directory = Path(config.directory)
     stream = open_stream(config, model, packed.train, directory)
-    rule = StepRule(
-        config.architecture(),
-        learning_rate=config.learning_rate,
-        n_steps=config.n_steps,
-        n_warm_up_steps=config.n_steps // 20,
-        n_decay_steps=config.n_steps // 5,
-        dead_after_tokens=config.dead_after_tokens,
-        dead_term=AuxK(),
-    )
-    settings = TrainConfig(
-        rule,
-        n_latents=config.n_latents,
-        sites=(config.site,),
-        coefficients=(config.coefficient,),
-        n_sample_batches=max(1, min(25, config.n_steps // 4)),
-        seed=config.seed,
-    )
     origin = {"model": model.name, "text": config.text, "n_ctx": config.n_ctx}
-    trained = train(settings, stream, directory=directory, save_every=500, origin=origin, progress=progress)
+    trained = train(
+        settings, stream, directory=directory, save_every=config.save_every, origin=origin, progress=progress
+    )
     sae: SAE = trained.saes[0]
     save_sae(sae, directory / "sae", overwrite=True)
     evaluation = evaluate_sae(model, sae, packed.held_out[: config.n_held_out], n_untouched=1, progress=progress)
@@ -213,7 +236,7 @@ def open_stream(config: Config, lm: LanguageModel, packed: Packed, directory: Pa
     Raises:
         UnknownNameError: There is no such way to have them.
     """
-    check_choice(config.activations, ("disk", "buffer", "direct"), what="activations", where="train_sae")
+    check_choice(config.activations, ACTIVATIONS, what="activations", where="train_sae")
     if config.activations == "direct":
         return DirectStream(lm, packed, config.site, batch_size=config.batch_size, seed=config.seed)
     if config.activations == "buffer":

@@ -15,8 +15,10 @@ Source: interp_jax.
 from __future__ import annotations
 
 import difflib
+import math
+import numbers
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 
 class InterpError(Exception):
@@ -92,6 +94,54 @@ def check_choice(given: Any, names: Iterable[str], *, what: str, where: str) -> 
         raise UnknownNameError(
             four_part(f"Unknown {what} {given!r}", where=where, names=names, given=str(given), fix="use one of these.")
         )
+
+
+def check_number(
+    given: Any,
+    *,
+    what: str,
+    where: str,
+    is_whole: bool = False,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Raise unless something is a finite number within its bounds.
+
+    Args:
+        given: What was given.
+        what: What it is called there.
+        where: The call it was given to.
+        is_whole: Whether it must be an integer, of an integer's type.
+        at_least: The least it may be.
+        above: What it must be above.
+        at_most: The most it may be.
+        below: What it must be below.
+
+    Raises:
+        InvalidInputError: It is no such number.
+    """
+    kind = numbers.Integral if is_whole else numbers.Real
+    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    if isinstance(given, kind) and not isinstance(given, bool) and math.isfinite(number := cast(float, given)):
+        is_inside = (
+            (at_least is None or number >= at_least)
+            and (above is None or number > above)
+            and (at_most is None or number <= at_most)
+            and (below is None or number < below)
+        )
+        if is_inside:
+            return
+    allowed = [f"{word} {bound}" for word, bound in bounds.items() if bound is not None]
+    raise InvalidInputError(
+        four_part(
+            f"{what} = {given!r:.60} was given",
+            where=where,
+            expected=", ".join(["a whole number (an int)" if is_whole else "a finite number", *allowed]) + ".",
+            fix=f"give such a number for {what}.",
+        )
+    )
 
 
 def four_part(

@@ -27,7 +27,7 @@ import numpy as np
 from jax import lax
 from tqdm import tqdm
 
-from interp_jax.core.errors import InvalidInputError, UnknownNameError, check_choice, four_part
+from interp_jax.core.errors import InvalidInputError, UnknownNameError, check_choice, check_number, four_part
 from interp_jax.core.sites import Site
 from interp_jax.forward.metrics import divergence
 from interp_jax.forward.moments import check_counts
@@ -131,9 +131,16 @@ def held_out(
     if not hasattr(tokens, "__getitem__") or isinstance(tokens, list | tuple | str | np.ndarray | jax.Array):
         tokens = np.asarray(lm.check_tokens(tokens, where=where))
     first = np.asarray(lm.check_tokens(tokens[:1], where=where))
-    if batch_size is not None and batch_size < 1:
+    if batch_size is not None:
+        check_number(batch_size, what="batch_size", where=where, is_whole=True, at_least=1)
+    if isinstance(untouched_tokens, str) or not isinstance(untouched_tokens, Iterable):
         raise InvalidInputError(
-            four_part(f"batch_size={batch_size} was given", where=where, expected="1 or more.", fix="leave it out.")
+            four_part(
+                f"untouched_tokens = {untouched_tokens!r:.60} was given",
+                where=where,
+                expected="ids of tokens, in a tuple.",
+                fix="give ids such as (0,), or packed.rule.special_tokens.",
+            )
         )
     size = min(batch_size or _rows_that_fit(lm, first), len(tokens))
     return HeldOut(tokens, tuple(untouched_tokens), n_untouched, size, progress, where), first

@@ -7,12 +7,22 @@ from __future__ import annotations
 
 import inspect
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from interp_jax.core import errors
-from interp_jax.core.errors import InterpError, UnknownNameError, check_choice, closest, four_part, shorten
+from interp_jax.core.errors import (
+    InterpError,
+    InvalidInputError,
+    UnknownNameError,
+    check_choice,
+    check_number,
+    closest,
+    four_part,
+    shorten,
+)
 
 FAMILY = [
     member
@@ -101,3 +111,22 @@ def test_shorten_keeps_order_and_limit(names: list[str], limit: int) -> None:
         assert text == ", ".join(names)
     else:
         assert text == ", ".join(names[:limit]) + f", ... ({len(names)} in all)"
+
+
+def test_numbers_within_their_bounds() -> None:
+    for number in (1, 3, np.int32(2)):
+        check_number(number, what="k", where="top", is_whole=True, at_least=1, at_most=3)
+    for number in (0.5, 0, np.float32(0.5)):
+        check_number(number, what="beta", where="adam", at_least=0, below=1)
+    for wrong in (0, 4, 2.0, True, "2", None, float("nan")):
+        with pytest.raises(InvalidInputError) as info:
+            check_number(wrong, what="k", where="top", is_whole=True, at_least=1, at_most=3)
+        assert str(info.value) == (
+            f"k = {wrong!r} was given in top.\n  Expected: a whole number (an int), at least 1, at most 3.\n"
+            "  Fix: give such a number for k."
+        )
+    for wrong in (1, -0.1, float("nan"), float("inf"), False, 1j):
+        with pytest.raises(InvalidInputError, match="a finite number, at least 0, below 1"):
+            check_number(wrong, what="beta", where="adam", at_least=0, below=1)
+    with pytest.raises(InvalidInputError, match="above 0"):
+        check_number(0, what="scale", where="top", above=0)

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from interp_jax.core.errors import LoadError, UnknownNameError
+from interp_jax.core.errors import InterpError, LoadError, UnknownNameError
 from interp_jax.experiments import train_sae
 from interp_jax.experiments.train_sae import SMOKE, Config
 from interp_jax.methods.sae import MatchingPursuit, Matryoshka, ReLU
@@ -63,6 +63,28 @@ def test_activations_computed_as_they_are_needed(activations, text, tmp_path) ->
     assert result.log[-1]["step"] == 4 and not list(tmp_path.glob("activations_*"))
     with pytest.raises(UnknownNameError, match="Did you mean 'direct'"):
         train_sae.run(dataclasses.replace(config, activations="Direct"), lm=load(ORACLES / "tiny_llama"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"variant": "topk"}, "Did you mean 'top_k'"),
+        ({"k": 65}, "k = 65 was given in TopK, with 64 latents"),
+        ({"n_steps": -1}, "n_steps = -1"),
+        ({"learning_rate": 0.0}, "learning_rate = 0.0"),
+        ({"coefficient": -1.0}, "coefficient = -1.0"),
+        ({"n_held_out": 0}, "n_held_out = 0"),
+        ({"n_dashboard": -1}, "n_dashboard = -1"),
+        ({"save_every": 0}, "save_every = 0"),
+        ({"batch_size": 0}, "batch_size = 0"),
+    ],
+    ids=lambda part: "" if isinstance(part, str) else next(iter(part)),
+)
+def test_a_run_that_cannot_be_is_refused_before_the_model_is_loaded(changes, words, tmp_path) -> None:
+    config = dataclasses.replace(SMOKE, model="no such model", directory=str(tmp_path), **changes)
+    with pytest.raises(InterpError) as info:
+        train_sae.run(config, progress=False)
+    assert words in str(info.value) and "Fix:" in str(info.value) and not list(tmp_path.iterdir())
 
 
 def test_variants_by_name() -> None:

@@ -235,6 +235,15 @@ def encoder(
                 fix="look at how the dictionary was trained.",
             )
         )
+    if scaling is not None and not callable(scaling):
+        raise InvalidInputError(
+            four_part(
+                f"scaling = {scaling!r:.60} was given",
+                where=where,
+                expected="an SAE's input_scaling, or None.",
+                fix="give sae.input_scaling, which holds the rule and its scale.",
+            )
+        )
     if not tolerance >= 0:
         raise InvalidInputError(
             four_part(

@@ -20,7 +20,7 @@ Source: Bricken et al. 2023 for what to show; Neuronpedia and SAEDashboard for t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -173,6 +173,7 @@ def latent_dashboard(
         ShapeError: The site has another width.
     """
     where = "latent_dashboard"
+    _check_kinds({"sae": (sae, SparseCoder), "show": (show, Show | None), "keep": (keep, Keep | None)})
     show = show or Show()
     at_least_0 = ("n_before", "n_after")
     counts_of = {name: count + (name in at_least_0) for name, count in show._asdict().items()}
@@ -366,6 +367,21 @@ def _offer(places: Places, batch: _Batch, firing: _Firing, window: range, group:
 
     candidates = Candidates(group, firing.value, batch.start + firing.row, firing.position)
     places.offer(candidates, score, around_chosen)
+
+
+def _check_kinds(given: Mapping[str, tuple[Any, Any]]) -> None:
+    """Refuse what is of another kind than named beside it."""
+    expected = {"sae": "one SAE", "show": "Show(n_top=...)", "keep": "Keep(first_position=..., special_tokens=...)"}
+    for name, (value, kind) in given.items():
+        if not isinstance(value, kind):
+            raise InvalidInputError(
+                four_part(
+                    f"{type(value).__name__} {value!r:.60} was given for {name}",
+                    where="latent_dashboard",
+                    expected=f"{expected[name]}.",
+                    fix="give one SAE, such as trained.saes[0]." if name == "sae" else "leave it out for the default.",
+                )
+            )
 
 
 def _checked_latents(latents: Sequence[int] | None, n_latents: int) -> np.ndarray:

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from interp_jax.core.errors import InvalidInputError, check_choice, four_part
+from interp_jax.core.errors import check_choice, check_number
 from interp_jax.methods.sae import parameters
 from interp_jax.methods.sae.architecture import squared_error
 from interp_jax.methods.sae.sparse import largest, sparse_matmul
@@ -88,6 +88,7 @@ class GhostGrads(DeadTerm):
 
     def __post_init__(self) -> None:
         check_choice(self.kind, KINDS, what="kind", where="GhostGrads")
+        check_number(self.n_first_steps, what="n_first_steps", where="GhostGrads", is_whole=True, at_least=0)
 
     def dead(self, is_dead: jax.Array, step: jax.Array) -> jax.Array:
         """Which latents the term is about, `[latent]`: those of `is_dead`, or all, by the `step`."""
@@ -132,10 +133,9 @@ class AuxK(DeadTerm):
     coefficient: float = 1 / 32
 
     def __post_init__(self) -> None:
-        if self.k is not None and self.k < 1:
-            raise InvalidInputError(
-                four_part(f"k = {self.k} was given", where="AuxK", expected="at least 1.", fix="leave k out.")
-            )
+        if self.k is not None:
+            check_number(self.k, what="k", where="AuxK", is_whole=True, at_least=1)
+        check_number(self.coefficient, what="coefficient", where="AuxK", at_least=0)
 
     def __call__(
         self,

@@ -73,6 +73,15 @@ def evaluate_each(
         ShapeError: A site has another width.
     """
     where = "evaluate_each"
+    if not isinstance(saes, Iterable):
+        raise InvalidInputError(
+            four_part(
+                f"{saes!r:.60} was given",
+                where=where,
+                expected="several SAEs, in a list.",
+                fix="give [sae], or use evaluate_sae.",
+            )
+        )
     text, first = held_out(
         lm,
         tokens,

@@ -26,7 +26,7 @@ from typing import Any, ClassVar, final
 import jax
 import jax.numpy as jnp
 
-from interp_jax.core.errors import InvalidInputError, check_choice, four_part
+from interp_jax.core.errors import check_choice, check_number
 from interp_jax.methods.sae import parameters
 from interp_jax.methods.sae.architecture import Architecture, TrainPass
 from interp_jax.methods.sae.dense import batch_sum
@@ -62,15 +62,7 @@ class JumpReLU(Architecture):
     def __post_init__(self) -> None:
         check_choice(self.penalty, PENALTIES, what="penalty", where="JumpReLU")
         for field in ("threshold", "bandwidth", "target_l0", "tanh_scale"):
-            if not getattr(self, field) > 0:
-                raise InvalidInputError(
-                    four_part(
-                        f"{field} = {getattr(self, field)} was given",
-                        where="JumpReLU",
-                        expected="a number above 0.",
-                        fix=f"give a positive {field}.",
-                    )
-                )
+            check_number(getattr(self, field), what=field, where="JumpReLU", above=0)
 
     def extra_params(self, n_latents: int) -> Params:
         """The logarithms of the thresholds of `n_latents`."""

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from interp_jax.core.best_rows import best_rows
+from interp_jax.core.errors import check_number
 from interp_jax.methods.sae import parameters
 from interp_jax.methods.sae.architecture import Architecture, TrainPass
 from interp_jax.methods.sae.parameters import Params
@@ -57,8 +58,9 @@ class MatchingPursuit(Architecture):
         return True
 
     def check(self, n_latents: int) -> None:
-        """Raise `InvalidInputError` if k is above `n_latents`."""
+        """Raise `InvalidInputError` if k is above `n_latents`, or the tolerance is no number from 0 on."""
         check_k(self.k, n_latents, where=f"MatchingPursuit, with {n_latents} latents")
+        check_number(self.tolerance, what="tolerance", where="MatchingPursuit", at_least=0)
 
     def init(self, key: jax.Array, *, d_in: int, n_latents: int, d_out: int | None = None, **options: Any) -> Params:
         """The arrays for a `key`, `d_in`, `n_latents` and `d_out`, the `options` of `init_params`: a decoder only."""

@@ -46,12 +46,14 @@ class Matryoshka(BatchThreshold):
     def check(self, n_latents: int) -> None:
         """Raise `InvalidInputError` if k or the groups do not go with `n_latents`."""
         check_k(self.k, n_latents, where=f"Matryoshka, with {n_latents} latents")
-        if sum(self.groups) != n_latents or not all(size > 0 for size in self.groups):
+        is_tuple = isinstance(self.groups, tuple) and all(isinstance(size, int) for size in self.groups)
+        if not is_tuple or sum(self.groups) != n_latents or not all(size > 0 for size in self.groups):
+            total = f"; these add up to {sum(self.groups)}" if is_tuple else ", in a tuple of ints"
             raise InvalidInputError(
                 four_part(
-                    f"groups = {self.groups} were given",
+                    f"groups = {self.groups!r:.60} were given",
                     where=f"Matryoshka, with {n_latents} latents",
-                    expected=f"positive sizes that add up to {n_latents}; these add up to {sum(self.groups)}.",
+                    expected=f"positive sizes that add up to {n_latents}{total}.",
                     fix="change the groups or n_latents.",
                 )
             )

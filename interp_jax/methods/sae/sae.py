@@ -33,7 +33,7 @@ from interp_jax.core.sites import Site
 from interp_jax.forward.sparse_coder import SparseCoder
 from interp_jax.methods.sae import parameters
 from interp_jax.methods.sae.architecture import Architecture
-from interp_jax.methods.sae.normalization import FOLDABLE, Normalization
+from interp_jax.methods.sae.normalization import FOLDABLE, RULES, Normalization
 from interp_jax.methods.sae.parameters import Params
 
 
@@ -105,9 +105,15 @@ class SAE(SparseCoder):
 
         Raises:
             ShapeError: The activations have another width.
+            InvalidInputError: The SAE lacks an array, or its numbers do not go together.
         """
+        self._check(where="SAE.encode")
         rows, shape = self.rows(x, where="SAE.encode")
-        return _encode(self.architecture, self.params, self.input_scaling, rows).reshape(*shape, self.n_latents)
+        try:
+            latents = _encode(self.architecture, self.params, self.input_scaling, rows)
+        except KeyError as error:
+            raise self._lacks(str(error.args[0]), where="SAE.encode") from error
+        return latents.reshape(*shape, self.n_latents)
 
     def decode(self, latents: Any, x: Any | None = None) -> jax.Array:
         """The reconstruction that latents stand for.
@@ -124,6 +130,7 @@ class SAE(SparseCoder):
             InvalidInputError: The activations are needed.
             ShapeError: Another number of latents.
         """
+        self._check(where="SAE.decode")
         latents = self.checked_latents(latents, where="SAE.decode")
         if x is None and self.input_scaling.rule not in FOLDABLE:
             raise InvalidInputError(
@@ -138,6 +145,34 @@ class SAE(SparseCoder):
         flat = latents.reshape(-1, self.n_latents)
         decoded = _decode(self.params, self.input_scaling, self.output_scaling, flat, rows)
         return decoded.reshape(*latents.shape[:-1], self.d_out)
+
+    def _check(self, *, where: str) -> None:
+        """Raise unless what was put together by hand goes together, as far as that costs nothing."""
+        for name in ("W_dec", "b_dec"):
+            if name not in self.params:
+                raise self._lacks(name, where=where)
+        self.architecture.check(self.n_latents)
+        for name, scaling in (("input_scaling", self.input_scaling), ("output_scaling", self.output_scaling)):
+            if not isinstance(scaling, Normalization | None) or (scaling is None and name == "input_scaling"):
+                raise InvalidInputError(
+                    four_part(
+                        f"An SAE with {name} = {scaling!r:.60} was given",
+                        where=where,
+                        expected=f"a Normalization, with a rule of {', '.join(RULES)}, and its scale.",
+                        fix='make one of activations, normalization.estimate("unit_ms", activations), or '
+                        'Normalization("unit_ms", scale).',
+                    )
+                )
+
+    def _lacks(self, name: str, *, where: str) -> InvalidInputError:
+        return InvalidInputError(
+            four_part(
+                f"An SAE without {name} was given",
+                where=where,
+                expected=f"the arrays of the variant {self.architecture.name}; there are {', '.join(self.params)}.",
+                fix="see which there are, and of which shapes, in architecture.init(key, d_in=..., n_latents=...).",
+            )
+        )
 
     def unplaced(self) -> SAE:
         """The same without sites and origin, which are no part of a program."""

@@ -120,6 +120,15 @@ def run_sweep(
         UnknownNameError: The model has no such site.
         InvalidInputError: Too little text, or what `sweep_saes` refuses.
     """
+    if not isinstance(setup, SweepSetup):
+        raise InvalidInputError(
+            four_part(
+                f"{type(setup).__name__} was given",
+                where="run_sweep",
+                expected="a SweepSetup, which says what all ways of training have in common.",
+                fix='write run_sweep(lm, setup := SweepSetup(...), {"plain": setup.config(ReLU())}, ...).',
+            )
+        )
     packed = pack(setup.text, lm, n_ctx=setup.n_ctx)
     if not 1 <= setup.n_held_out <= len(packed.held_out):
         raise InvalidInputError(

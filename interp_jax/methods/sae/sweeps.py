@@ -35,7 +35,7 @@ from interp_jax.forward.spliced_losses import ABLATIONS
 from interp_jax.methods.sae.evaluation import SAEEvaluation
 from interp_jax.methods.sae.evaluation_each import evaluate_each
 from interp_jax.methods.sae.sae import SAE
-from interp_jax.methods.sae.train_config import TrainConfig, as_json, check_config
+from interp_jax.methods.sae.train_config import TrainConfig, as_json, check_config, check_settings
 from interp_jax.methods.sae.training import train
 
 if TYPE_CHECKING:
@@ -240,6 +240,14 @@ def _checked(
     configs: Mapping[str, TrainConfig], open_stream: Callable[[int], BatchStream], tokens: Any, seeds: Sequence[int]
 ) -> str:
     """The one site of all configurations, once they are known to go together."""
+    if not isinstance(configs, Mapping) or not hasattr(seeds, "__len__") or not callable(open_stream):
+        raise _refuse(
+            f"{type(configs).__name__}, {type(open_stream).__name__} and seeds of {type(seeds).__name__} were given",
+            "ways of training by name, a function from a seed to a stream, and a tuple of seeds.",
+            'write sweep_saes(lm, {"plain": TrainConfig(...)}, lambda seed: ShardStream(...), tokens, seeds=(0,)).',
+        )
+    for config in configs.values():
+        check_settings(config)
     if not configs or not len(seeds):
         raise _refuse(
             f"{'No configuration' if not configs else 'No seed'} was given",

@@ -16,6 +16,7 @@ Source: Gao et al. 2024 (2406.04093).
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -69,12 +70,12 @@ class TopK(Architecture):
 
 def check_k(k: int, n_latents: int, *, where: str) -> None:
     """Raise `InvalidInputError` unless so many latents can be chosen."""
-    if not 1 <= k <= n_latents:
+    if not isinstance(k, numbers.Integral) or isinstance(k, bool) or not 1 <= k <= n_latents:
         raise InvalidInputError(
             four_part(
-                f"k = {k} was given",
+                f"k = {k!r:.60} was given",
                 where=where,
-                expected=f"from 1 to {n_latents}.",
+                expected=f"a whole number from 1 to {n_latents}.",
                 fix="lower k, or train more latents.",
             )
         )

@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from interp_jax.core.errors import InvalidInputError, four_part
+from interp_jax.core.errors import InvalidInputError, check_number, four_part
 from interp_jax.core.sites import Site
 from interp_jax.forward.batch_streams import BatchStream
 from interp_jax.methods.sae import normalization, resampling
@@ -101,6 +101,7 @@ def train(
         LoadError: The directory holds a run with another configuration.
         ExportError: The directory cannot be written to.
     """
+    _check_call(stream, save_every, log_every, directory, origin)
     check_config(config, stream.widths)
     run = _Run(config, stream)
     if directory is None:
@@ -112,6 +113,31 @@ def train(
         run.start() if saved is None else run.restore(saved[1])
         log = _Log(directory / "log.jsonl", run.n_steps)
         return run.finish(_advance(run, checkpoints, log, save_every, log_every, progress), origin)
+
+
+def _check_call(stream: Any, save_every: Any, log_every: Any, directory: Any, origin: Any) -> None:
+    """Raise `InvalidInputError` unless what `train` was given is of the kinds it takes."""
+    for name, number in {"save_every": save_every, "log_every": log_every}.items():
+        check_number(number, what=name, where="train", is_whole=True, at_least=1)
+    kinds = {
+        "the stream": (hasattr(stream, "next_batch"), stream, "a stream; of an array, ArrayStream(rows, batch_size)"),
+        "directory": (directory is None or isinstance(directory, str | Path), directory, "a path, or None"),
+        "origin": (
+            origin is None or isinstance(origin, Mapping),
+            origin,
+            'names and values, such as {"text": "pydoc"}',
+        ),
+    }
+    for name, (is_right, given, expected) in kinds.items():
+        if not is_right:
+            raise InvalidInputError(
+                four_part(
+                    f"{type(given).__name__} was given for {name}",
+                    where="train",
+                    expected=f"{expected}.",
+                    fix="train(config, stream, directory=..., origin=...) takes them in this order.",
+                )
+            )
 
 
 def _advance(

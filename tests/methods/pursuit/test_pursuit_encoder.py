@@ -210,6 +210,7 @@ BAD = {
     "integers": ({"dictionary": np.eye(3, dtype=int)}, ShapeError, r"int32\[3, 3\]"),
     "nan": ({"dictionary": ATOMS * np.nan}, InvalidInputError, "numbers that are not finite"),
     "tolerance": ({"tolerance": -1.0}, InvalidInputError, r"tolerance = -1\.0"),
+    "scaling": ({"scaling": "unit_ms"}, InvalidInputError, r"scaling = 'unit_ms' was given"),
 }
 
 

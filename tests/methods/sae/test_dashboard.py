@@ -299,6 +299,14 @@ def test_mistakes_are_named(toy, toy_sae, toy_tokens):
         look(show=SHOW._replace(n_top=0))
     with pytest.raises(InvalidInputError, match="batch_size=0"):
         look(batch_size=0)
+    for wrong, words in (
+        ({"keep": "all"}, "str 'all' was given for keep"),
+        ({"show": {"n_top": 3}}, "dict .* was given for show"),
+        ({"sae": [toy_sae]}, "list .* was given for sae"),
+        ({"sae": None}, "NoneType None was given for sae"),
+    ):
+        with pytest.raises(InvalidInputError, match=words + r"[\s\S]*Expected:[\s\S]*Fix:"):
+            look(**wrong)
     with pytest.raises(InvalidInputError, match="seed=-1"):
         look(seed=-1)
     with pytest.raises(InvalidInputError, match="No token of the text counts"):

@@ -432,7 +432,9 @@ BAD = {
         r"several write 1\.mlp_out",
     ),
     "ablation": ({"ablations": ("zreo",)}, UnknownNameError, r"Unknown ablation 'zreo'[\s\S]*Did you mean 'zero'"),
-    "batch-size": ({"batch_size": 0}, InvalidInputError, "batch_size=0"),
+    "batch-size": ({"batch_size": 0}, InvalidInputError, "batch_size = 0"),
+    "half-a-batch": ({"batch_size": 1.5}, InvalidInputError, "batch_size = 1.5"),
+    "one-id": ({"untouched_tokens": 3}, InvalidInputError, "untouched_tokens = 3"),
     "nan": (
         {"saes": constant_sae((1, "mlp_out"), np.full(D, np.nan))},
         InvalidInputError,

@@ -32,7 +32,7 @@ from interp_jax.methods.sae import (
     ReLU,
     TopK,
 )
-from interp_jax.methods.sae.files import load_sae, own, reference, save_sae
+from interp_jax.methods.sae.files import export_saelens, load_sae, own, reference, save_sae
 from interp_jax.methods.sae.normalization import Normalization
 from tests.conftest import ORACLES
 
@@ -171,6 +171,15 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "an origin": ({"origin": [["a"]]}, r"the field origin = \[\['a'\]\]: pairs"),
     "a variant": ({"variant": {"name": "top_q"}}, "the field variant = .* a name of relu, gated"),
     "a variant's number": ({"variant": {"name": "top_k", "kk": 3}}, "other numbers than it has: is_centred, k, kk"),
+    "a variant's k": (
+        {"variant": {"name": "top_k", "k": 2.5, "is_centred": True}},
+        "variant: k = 2.5 was given in TopK",
+    ),
+    "a variant's large k": (
+        {"variant": {"name": "top_k", "k": 11, "is_centred": True}},
+        "k = 11 was given in TopK, with 10",
+    ),
+    "a list for a name": ({"variant": {"name": ["top_k"]}}, "the field variant = .* a name of relu, gated"),
     "another format": ({"format": 2}, "A dictionary of format 2"),
     "two things": ({"d_out": None, "read": 3}, "(?s)the field d_out = None.*the field read = 3"),
     "a missing array": ({"arrays": {"params/b_enc": None}}, r"params/b_enc, \[10\], is missing"),
@@ -245,6 +254,24 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     for value in (object(), float("nan")):
         with pytest.raises(InvalidInputError, match="An origin that JSON cannot hold"):
             save_sae(dataclasses.replace(sae, origin=(("a", value),)), tmp_path / "sae")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("write", [save_sae, export_saelens])
+def test_what_is_no_sae_is_not_written(write: Any, tmp_path: Path) -> None:
+    sae = example(TopK(3), 1)
+    for given, words in (
+        ([sae], "list and .* were given"),
+        (sae.params, "dict and .* were given"),
+        (dataclasses.replace(sae, read="5.resid_post"), "An SAE with read = '5.resid_post' was given"),
+    ):
+        with pytest.raises(InvalidInputError, match=words) as caught:
+            write(given, tmp_path / "sae")
+        assert write.__name__ in str(caught.value) and "Expected:" in str(caught.value) and "Fix:" in str(caught.value)
+    with pytest.raises(InvalidInputError, match="SAE and None were given"):
+        write(sae, None)
+    with pytest.raises(InvalidInputError, match="NoneType None was given in load_sae"):
+        load_sae(None)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 
 

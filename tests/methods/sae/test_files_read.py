@@ -220,7 +220,10 @@ BROKEN: dict[str, tuple[str, dict[str, Any], type[InterpError], str]] = {
         LoadError,
         "finetuning_scaling_factor is not 1 though",
     ),
+    "too large a k": ("saelens/topk", {"k": 99}, LoadError, r"k = 99 was given in TopK, with \d+ latents"),
+    "a list": ("saelens/topk", {"architecture": ["topk"]}, UnsupportedModelError, "The architecture"),
     # sparsify
+    "too large a k there": ("sparsify/layers.5", {"k": 99}, LoadError, "do not fit together .k = 99 was given"),
     "groupmax": (GROUPMAX, {}, UnsupportedModelError, "An SAE whose latents are groupmax"),
     "signed": ("sparsify/layers.5", {"signed": True}, UnsupportedModelError, "latents are signed"),
     "no decoder": ("sparsify/layers.5", {"arrays": {"W_dec": None}}, LoadError, r"W_dec, \[10, 6\], is missing"),
@@ -239,6 +242,12 @@ BROKEN: dict[str, tuple[str, dict[str, Any], type[InterpError], str]] = {
         {"dict_class": "IdentityDict"},
         UnsupportedModelError,
         "The class 'IdentityDict'",
+    ),
+    "a list of classes": (
+        "dictionary_learning/AutoEncoder",
+        {"dict_class": ["AutoEncoder"]},
+        UnsupportedModelError,
+        "The class",
     ),
     "another k": ("dictionary_learning/BatchTopKSAE", {"k": 4}, LoadError, "k = 4 and the array k = 3 contradict"),
     "another size": ("dictionary_learning/AutoEncoder", {"dict_size": 12}, LoadError, r"encoder.weight has shape"),

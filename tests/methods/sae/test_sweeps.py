@@ -129,14 +129,22 @@ def test_it_prints_as_a_table(sweep):
 
 
 def test_mistakes_are_named_before_anything_is_trained(tiny_llama, tokens, open_stream, configs):
-    def refused(match, *, ways=configs, text=tokens, seeds=(0,), error: type[InterpError] = InvalidInputError):
+    def refused(
+        match, *, ways=configs, text=tokens, seeds=(0,), opens=open_stream, error: type[InterpError] = InvalidInputError
+    ):
         with pytest.raises(error, match=match + r"[\s\S]*(Expected|Known):[\s\S]*Fix:"):
-            sweep_saes(tiny_llama, ways, open_stream, text, seeds=seeds, progress=False)
+            sweep_saes(tiny_llama, ways, opens, text, seeds=seeds, progress=False)
 
     def plain(**changes):
         return {"plain": config(), "b": dataclasses.replace(config(), **changes)}
 
     refused("No configuration was given", ways={})
+    refused("TrainConfig, function and seeds of tuple were given", ways=config())
+    refused("list, function and seeds of tuple were given", ways=[config()])
+    refused("dict, function and seeds of int were given", seeds=0)
+    refused("dict, ArrayStream and seeds of tuple were given", opens=open_stream(0))
+    refused("StepRule StepRule", ways={"plain": config().rule})
+    refused("The class ReLU was given in StepRule", ways={"plain": SweepSetup().config(ReLU)})  # type: ignore[arg-type]
     refused("No seed was given", seeds=())
     refused("1, which comes 2 times among the seeds, was given", seeds=(1, 2, 1))
     refused("0.5, which comes 2 times among the coefficients of 'b', was", ways=plain(coefficients=(0.5, 0.1, 0.5)))
@@ -152,6 +160,17 @@ def test_numbers_go_by_name(sweep):
         sweep.table("fvus")
     with pytest.raises(InvalidInputError, match=r"l0 = -1 was given in SAESweep.at_l0[\s\S]*above 0[\s\S]*Fix:"):
         sweep.at_l0("fvu", -1)
+
+
+def test_one_sae_is_no_list(tiny_llama, tokens):
+    for given, words in ((7, "7 was given"), (None, "None was given")):
+        with pytest.raises(InvalidInputError, match=rf"{words} in evaluate_each[\s\S]*a list[\s\S]*Fix:"):
+            evaluate_each(tiny_llama, given, tokens, progress=False)  # type: ignore[arg-type]
+
+
+def test_a_configuration_is_no_setup(tiny_llama):
+    with pytest.raises(InvalidInputError, match=r"TrainConfig was given in run_sweep[\s\S]*a SweepSetup[\s\S]*Fix:"):
+        run_sweep(tiny_llama, config(), {"plain": config()}, progress=False)  # type: ignore[arg-type]
 
 
 def test_too_little_text(tiny_llama, tmp_path):

@@ -525,8 +525,8 @@ def test_activations_that_are_not_finite_stop_a_run(rng) -> None:
     [
         ({"sites": ("y",)}, UnknownNameError, "Unknown site 'y'"),
         ({"sites": ()}, InvalidInputError, "the number of sites = 0"),
-        ({"coefficients": (0.1, -0.1)}, InvalidInputError, "The coefficient -0.1"),
-        ({"coefficients": (float("nan"),)}, InvalidInputError, "The coefficient nan"),
+        ({"coefficients": (0.1, -0.1)}, InvalidInputError, "coefficient = -0.1"),
+        ({"coefficients": (float("nan"),)}, InvalidInputError, "coefficient = nan"),
         ({"n_latents": 2}, InvalidInputError, "k = 3"),
         ({"scaling": "unit"}, UnknownNameError, "unit_ms"),
         ({"b_dec": "median"}, UnknownNameError, "geometric_median"),

@@ -510,3 +510,19 @@ def test_bad_activations(rng) -> None:
         sae.fold_scale()
     with pytest.raises(ShapeError, match=f"{N}"):
         sae.decode(jnp.ones((2, N + 1)), jnp.ones((2, D)))
+
+
+def test_an_sae_put_together_by_hand(rng) -> None:
+    params, x = random_params(TopK(k=2), rng), jnp.ones((2, D))
+    for sae, words in (
+        (SAE(TopK(k=2), {}), "An SAE without W_dec was given"),
+        (SAE(TopK(k=2), {n: v for n, v in params.items() if n != "b_enc"}), "An SAE without b_enc was given"),
+        (SAE(TopK(k=2), {n: v for n, v in params.items() if n != "b_dec"}), "An SAE without b_dec was given"),
+        (SAE(TopK(k=N + 1), params), f"k = {N + 1} was given in TopK, with {N} latents"),
+        (SAE(TopK(k=2), params, input_scaling="unit_ms"), "input_scaling = 'unit_ms' was given"),  # type: ignore[arg-type]
+        (SAE(TopK(k=2), params, output_scaling=2.0), "output_scaling = 2.0 was given"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(InvalidInputError) as info:
+            sae(x)
+        text = str(info.value)
+        assert words in text and "Expected:" in text and "Fix:" in text

@@ -87,7 +87,7 @@ def read(folder: Path) -> SAE:
     contents = Contents(str(folder), config | trainer, read_tensors(folder / WEIGHTS))
     contents.ignore(*_TRAINING)
     name = contents.raw("dict_class")
-    if name not in _CLASSES:
+    if not isinstance(name, str) or name not in _CLASSES:
         raise UnsupportedModelError(
             four_part(
                 f"The class {name!r:.60}",

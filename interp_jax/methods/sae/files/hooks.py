@@ -55,7 +55,9 @@ _POST_NORM = re.compile(r"gemma-?[23]", re.IGNORECASE)
 
 def site_of_hook(hook: str | None) -> Site | None:
     """The site that TransformerLens's name `hook` stands for, None if there is none or it depends on the model."""
-    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook or "")
+    if not isinstance(hook, str):
+        return None
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook)
     if match is None:
         return Site(None, _OUTSIDE[hook]) if hook in _OUTSIDE else None
     name = _IN_BLOCK.get(match.group(2))

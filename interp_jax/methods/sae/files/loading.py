@@ -69,13 +69,22 @@ def load_sae(path: str | os.PathLike[str], *, format: str | None = None, input_s
         UnknownNameError: There is no such format.
         InvalidInputError: A scale is needed, or given though it is not.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise InvalidInputError(
+            four_part(
+                f"{type(path).__name__} {path!r:.60} was given",
+                where="load_sae",
+                expected="the path of a folder, or owner/repository/folder of one in the Hub's local cache.",
+                fix="give the folder that holds the files of one SAE.",
+            )
+        )
     where = f"load_sae({os.fspath(path)!r})"
     if format is not None:
         check_choice(format, FORMATS, what="format", where=where)
     folder = _folder(os.fspath(path), where)
     name = _recognised(folder, where, format)
     if input_scale is None:
-        return FORMATS[name].read(folder)
+        return _whole(FORMATS[name].read(folder), folder)
     if name != "saelens":
         raise InvalidInputError(
             four_part(
@@ -85,7 +94,23 @@ def load_sae(path: str | os.PathLike[str], *, format: str | None = None, input_s
                 fix="leave input_scale out.",
             )
         )
-    return saelens.read(folder, input_scale=input_scale)
+    return _whole(saelens.read(folder, input_scale=input_scale), folder)
+
+
+def _whole(sae: SAE, folder: Path) -> SAE:
+    """The SAE, once its numbers go with its arrays, such as k with the number of latents."""
+    try:
+        sae.architecture.check(sae.n_latents)
+    except InvalidInputError as error:
+        raise LoadError(
+            four_part(
+                f"An SAE whose files do not fit together ({str(error).splitlines()[0].rstrip('.')})",
+                where=str(folder),
+                expected="a configuration and arrays of the same SAE.",
+                fix="check that the files belong together and are whole.",
+            )
+        ) from error
+    return sae
 
 
 def _folder(path: str, where: str) -> Path:

@@ -63,6 +63,7 @@ def save_sae(sae: SAE, directory: str | os.PathLike[str], *, overwrite: bool = F
             something is there that is not to be replaced.
         ExportError: It could not be written; nothing has changed.
     """
+    check_call(sae, directory, where="save_sae")
     _check(sae)
     arrays = {f"params/{name}": np.asarray(value) for name, value in sae.params.items()}
     scalings = {"input_scaling": sae.input_scaling, "output_scaling": sae.output_scaling}
@@ -133,8 +134,8 @@ def read(folder: Path) -> SAE:
 
 
 def _sae(contents: Contents, fields: dict[str, Any]) -> SAE:
-    variant = _variant(contents)
     d_in, n_latents, d_out = (contents.integer(name) for name in ("d_in", "n_latents", "d_out"))
+    variant = _variant(contents, n_latents)
     rules = {name: contents.raw(name) for name in ("input_scaling", "output_scaling")}
     sites = {name: contents.raw(name) for name in ("read", "write")}
     origin = contents.raw("origin", [])
@@ -169,11 +170,11 @@ def _sae(contents: Contents, fields: dict[str, Any]) -> SAE:
     )
 
 
-def _variant(contents: Contents) -> Any:
-    """The variant, None where its description does not fit."""
+def _variant(contents: Contents, n_latents: int) -> Any:
+    """The variant of an SAE with so many latents, None where its description does not fit."""
     described = contents.raw("variant")
     name = described.get("name") if isinstance(described, dict) else None
-    if name not in _BY_NAME:
+    if not isinstance(name, str) or name not in _BY_NAME:
         contents.fault(f"the field variant = {described!r:.60}: a name of {', '.join(_BY_NAME)} is expected")
         return None
     numbers = {field: frozen(value) for field, value in described.items() if field != "name"}
@@ -182,7 +183,13 @@ def _variant(contents: Contents) -> Any:
         odd = ", ".join(sorted(numbers.keys() ^ known))
         contents.fault(f"the variant {name} with other numbers than it has: {odd}")
         return None
-    return _BY_NAME[name](**numbers)
+    try:
+        variant = _BY_NAME[name](**numbers)
+        variant.check(n_latents)
+    except InvalidInputError as error:  # Numbers that no such variant has.
+        contents.fault(f"the field variant: {str(error).splitlines()[0]}")
+        return None
+    return variant
 
 
 def _expected_shapes(variant: Any, d_in: int, n_latents: int, d_out: int, *, has_skip: bool) -> dict[str, Any]:
@@ -206,6 +213,38 @@ def _reference_shapes(sae: SAE) -> dict[str, tuple[int, ...]]:
         "reconstruction": (n, sae.d_out),
         "reconstruction_tolerance": (n, 1),
     }
+
+
+def check_call(sae: Any, directory: Any, *, where: str) -> None:
+    """Refuse what is no SAE, has sites that are none, or is to go where there is no path.
+
+    Args:
+        sae: What is to be written.
+        directory: Where.
+        where: The public call, for error messages.
+
+    Raises:
+        InvalidInputError: One of the two is of another kind.
+    """
+    if not isinstance(sae, SAE) or not isinstance(directory, str | os.PathLike):
+        raise InvalidInputError(
+            four_part(
+                f"{type(sae).__name__} and {directory!r:.60} were given",
+                where=where,
+                expected="one SAE, and the path of a folder.",
+                fix=f'of what train returns, give one: {where}(trained.saes[0], "my-sae").',
+            )
+        )
+    for name, site in (("read", sae.read), ("write", sae.write)):
+        if site is not None and not isinstance(site, Site):
+            raise InvalidInputError(
+                four_part(
+                    f"An SAE with {name} = {site!r:.60} was given",
+                    where=where,
+                    expected="a Site, or None.",
+                    fix=f'give it one: dataclasses.replace(sae, {name}=Site(5, "resid_post")).',
+                )
+            )
 
 
 def _check(sae: SAE) -> None:

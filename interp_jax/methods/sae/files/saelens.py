@@ -124,7 +124,7 @@ def read(folder: Path, *, input_scale: float | None = None) -> SAE:
     about |= metadata
     contents.ignore(*_TRAINING, *(_TRAINING_BEFORE_6 if is_flat else ()))
     name = contents.raw("architecture")
-    if name not in _ARCHITECTURES:
+    if not isinstance(name, str) or name not in _ARCHITECTURES:
         raise _unsupported(contents, f"The architecture {name!r:.60}", f"one of {', '.join(_ARCHITECTURES)}.")
     is_transcoder = "transcoder" in name
     contents.choice("reshape_activations", ("none", "hook_z"), "none")

@@ -35,6 +35,7 @@ import numpy as np
 from interp_jax.core.errors import UnsupportedModelError, four_part
 from interp_jax.methods.sae.batch_top_k import BatchTopK, as_jump_relu
 from interp_jax.methods.sae.files.hooks import hook_of_site, site_of_hook
+from interp_jax.methods.sae.files.own import check_call
 from interp_jax.methods.sae.files.saelens import CONFIG, WEIGHTS
 from interp_jax.methods.sae.gated import Gated
 from interp_jax.methods.sae.jump_relu import JumpReLU, thresholds
@@ -68,9 +69,10 @@ def export_saelens(sae: SAE, directory: str | os.PathLike[str], *, overwrite: bo
 
     Raises:
         UnsupportedModelError: SAELens cannot compute this function.
-        InvalidInputError: Something is there that is not to be replaced.
+        InvalidInputError: What is given is no SAE, or something is there that is not to be replaced.
         ExportError: It could not be written; nothing has changed.
     """
+    check_call(sae, directory, where="export_saelens")
     sae = _in_their_words(sae)
     config, arrays = _config(sae), _arrays(sae)
     text = (json.dumps(config, indent=1) + "\n").encode()

@@ -86,7 +86,7 @@ def read(folder: Path) -> SAE:
     contents.finish()
     run = read_object(folder.parent / RUN) if (folder.parent / RUN).is_file() else {}
     origin = {"format": "sparsify", "hookpoint": folder.name} | {key: frozen(run[key]) for key in _ABOUT if key in run}
-    reads, writes = sites_of_module(folder.name, is_transcoder=is_transcoder, model=run.get("model"))
+    reads, writes = sites_of_module(folder.name, is_transcoder=is_transcoder, model=str(run.get("model")))
     return SAE(
         TopK(k, is_centred=not is_transcoder),
         {name: jnp.asarray(value) for name, value in sorted(params.items())},
