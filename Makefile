@@ -9,7 +9,7 @@ PIP_FLAGS := --disable-pip-version-check --quiet
 NEEDS := import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
 	"Python " + sys.version.split()[0] + " was given as $(PYTHON).\n  Expected: 3.11 or newer.\n  Fix: make PYTHON=python3.11 ...")
 
-.PHONY: venv venv-oldest venv-oryx venv-tunix browser demo test test-slow test-oldest test-tunix test-all bench lint format doctor constraints clean
+.PHONY: venv venv-oldest venv-newest venv-oryx venv-tunix browser demo test test-slow test-oldest test-newest test-tunix test-all bench lint format doctor constraints clean
 
 venv: .venv/installed
 
@@ -26,6 +26,15 @@ venv-oldest: .venv-oldest/installed
 	@$(PYTHON) -c '$(NEEDS)'
 	$(PYTHON) -m venv .venv-oldest
 	$(OLDEST)/python -m pip install $(PIP_FLAGS) -c constraints-oldest.txt -e '.[transformers,test]'
+	@touch $@
+
+# The newest that this Python can have of everything, pinned nowhere: it tells when upstream moved.
+venv-newest: .venv-newest/installed
+
+.venv-newest/installed: pyproject.toml
+	@$(PYTHON) -c '$(NEEDS)'
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install $(PIP_FLAGS) -e '.[transformers,test]'
 	@touch $@
 
 # Oryx's last release, which imports with JAX 0.4.38 only, for the test that compares our harvest with it.
@@ -68,6 +77,9 @@ test-slow: venv venv-oryx browser
 test-oldest: venv-oldest
 	$(OLDEST)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow'
 
+test-newest: venv-newest
+	.venv-newest/bin/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow'
+
 test-tunix: venv-tunix
 	.venv-tunix/bin/python -m pytest -n $(JOBS) --dist loadfile tests/patches/tunix
 
@@ -98,5 +110,5 @@ constraints: venv venv-oldest venv-tunix
 
 # Everything these targets made, except the results in runs/.
 clean:
-	rm -rf .venv .venv-oldest .venv-oryx .venv-tunix .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv-oldest .venv-newest .venv-oryx .venv-tunix .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

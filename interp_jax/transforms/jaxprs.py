@@ -207,6 +207,16 @@ CUSTOM_RULES = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call
 CHECKPOINTS = frozenset({"checkpoint", "remat", "remat2"})
 """Primitives that call a function whose values are computed again in the backward pass."""
 
+
+def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
+    """How many of the operands of `eqn`, a scan, are constants and how many carry; its `xs` come after them."""
+    if "num_consts" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    # From JAX 0.11 on they are told as trees.
+    n_consts, n_carry, _ = (len(list(tree)) for tree in eqn.params["ft_in"].unpack())
+    return n_consts, n_carry
+
+
 _CALLEE_PARAMS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 _CALLS = frozenset({"jit", "pjit", "core_call", "closed_call", *CUSTOM_RULES, *CHECKPOINTS})
 

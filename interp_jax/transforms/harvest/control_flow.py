@@ -32,12 +32,13 @@ from jax.extend.core import JaxprEqn
 from interp_jax.transforms.harvest.keys import Key, LoopSite, Place
 from interp_jax.transforms.harvest.state import LoopIndex, Reaped, Result, Run, State, choose, zeros_of
 from interp_jax.transforms.harvest.survey import Sown, survey, survey_branches, survey_scan, survey_while
+from interp_jax.transforms.jaxprs import scan_counts
 
 
 def harvest_scan(eqn: JaxprEqn, operands: list[Any], state: State, place: Place, run: Run) -> Result:
     """A scan under a harvest: still one scan."""
     params = eqn.params
-    n_consts, n_carry, length = params["num_consts"], params["num_carry"], params["length"]
+    (n_consts, n_carry), length = scan_counts(eqn), params["length"]
     consts, init = operands[:n_consts], operands[n_consts : n_consts + n_carry]
     inside, _ = survey_scan(eqn, state.policy, place)
     reaped = {key: sown for key, sown in inside.items() if not state.is_planted(key)}

@@ -25,7 +25,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from interp_jax.core.sites import Site
 from interp_jax.transforms.compilations import counted_jit
-from interp_jax.transforms.jaxprs import evaluate, site_of
+from interp_jax.transforms.jaxprs import evaluate, scan_counts, site_of
 from interp_jax.transforms.running_pass.plan import Plan, ScanStep, SiteStep, inner_plans
 from interp_jax.transforms.running_pass.programs import Slice, cached, is_traced, param_key
 
@@ -69,8 +69,7 @@ class ScanFrame:
         run_body: RunBody,
     ) -> ScanFrame:
         """A `step` on `operands`, inside loops at `loop_indices`, before its first iteration; stops at `selected`."""
-        params = step.eqn.params
-        n_consts, n_carry, length = params["num_consts"], params["num_carry"], params["length"]
+        (n_consts, n_carry), length = scan_counts(step.eqn), step.eqn.params["length"]
         touched = [i for i in range(length) if is_touched(step.body, (*loop_indices, i), selected)]
         forms: list[Any] = [var.aval for var in step.eqn.outvars[n_carry:]]
         return cls(

@@ -18,7 +18,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.sharding import AxisType, PartitionSpec
 
-from interp_jax.transforms.jaxprs import evaluate
+from interp_jax.transforms.jaxprs import evaluate, scan_counts
 
 Body = Callable[[Any], Any]
 PlainBody = Callable[[Any], tuple[Any, "Tree"]]
@@ -284,7 +284,7 @@ def _one_by_one(closed: Any, args: list[Any]) -> list[Any]:
 def _alone(eqn: Any, operands: list[Any]) -> list[Any]:
     params, name = eqn.params, eqn.primitive.name
     if name == "scan":
-        n_consts, n_carry = params["num_consts"], params["num_carry"]
+        n_consts, n_carry = scan_counts(eqn)
         consts = operands[:n_consts]
 
         def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:

@@ -28,6 +28,7 @@ from interp_jax.transforms.harvest import (
     site_vjp,
     sow,
 )
+from interp_jax.transforms.jaxprs import scan_counts
 from interp_jax.transforms.running_pass import run
 from tests.transforms.harvest.contexts import op_by_op
 from tests.transforms.running_pass.programs import PROGRAMS, Plain, jax_form
@@ -382,7 +383,7 @@ class TestScanOverLayers:
         def scan_of(select: Any) -> Any:
             jaxpr = jax.make_jaxpr(reap_sites(stacked, select))(weights, BATCH).jaxpr
             (eqn,) = (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan")
-            n_carry = eqn.params["num_carry"]
+            _, n_carry = scan_counts(eqn)
             shapes = [var.aval.shape for var in eqn.outvars]
             return shapes[1:n_carry], shapes[n_carry:]
 
