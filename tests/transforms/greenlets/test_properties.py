@@ -6,12 +6,14 @@ Source: PEP 342 and 380 for the oracle; the random walks follow an idea of misha
 from __future__ import annotations
 
 import contextlib
+import inspect
 import random
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
@@ -101,6 +103,16 @@ class Twins:
         assert (self.ours.gi_running, self.ours.gi_suspended) == (self.native.gi_running, self.native.gi_suspended)
 
 
+def ends_a_plain_iterator(native: Any) -> bool:
+    """Whether a native generator takes a StopIteration that is thrown at it for the end of what it delegates to.
+
+    From Python 3.12 on it does where that is an iterator without `throw`. PEP 380, and ours, raise it in the body.
+    """
+    while inspect.isgenerator(native):
+        native = native.gi_yieldfrom
+    return native is not None and sys.version_info >= (3, 12)
+
+
 class AgainstNative(RuleBasedStateMachine):
     """Several generators at once. Native ones may interleave; ours must refuse exactly when they would."""
 
@@ -140,6 +152,7 @@ class AgainstNative(RuleBasedStateMachine):
 
     @rule(pair=twins, error=errors)
     def throw(self, pair: Twins, error: type[BaseException]) -> None:
+        assume(not (error is StopIteration and ends_a_plain_iterator(pair.native)))
         self.drive(pair, "throw", error)
 
     @rule(pair=twins)
