@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from interp_jax.core.errors import check_choice, check_number
+from interp_jax.core.errors import InvalidInputError, check_choice, check_number, four_part
 from interp_jax.data.text_streams import Packed, pack
 from interp_jax.figures.sae_evaluation import density_figure, evaluation_page
 from interp_jax.figures.sae_site import write_site
@@ -60,7 +60,7 @@ class Config:
         site: What is read and written.
         variant: Name of the SAE's variant.
         k: How many latents are active at a time, where the variant has a k.
-        coefficient: The sparsity coefficient, where it has a penalty.
+        coefficient: The sparsity coefficient, which a variant without a k must be given.
         n_latents: How many latents.
         n_steps: How many steps.
         batch_size: Tokens per step.
@@ -82,7 +82,7 @@ class Config:
     site: str = "15.resid_post"
     variant: str = "top_k"
     k: int = 32
-    coefficient: float = 0.0
+    coefficient: float | None = None
     n_latents: int = 4096
     n_steps: int = 2000
     batch_size: int = 1024
@@ -123,9 +123,20 @@ class Config:
 
         Raises:
             UnknownNameError: There is no such variant.
+            InvalidInputError: Nothing makes its latents sparse.
         """
+        architecture = self.architecture()
+        if self.coefficient is None and not hasattr(architecture, "k"):
+            raise InvalidInputError(
+                four_part(
+                    f"The variant {self.variant!r} without a coefficient was given",
+                    where="train_sae",
+                    expected="how much its penalty counts against the error: nothing else makes its latents sparse.",
+                    fix="add --coefficient 0.1, and look at the L0 it leads to; larger is sparser, 0 is no penalty.",
+                )
+            )
         rule = StepRule(
-            self.architecture(),
+            architecture,
             learning_rate=self.learning_rate,
             n_steps=self.n_steps,
             n_warm_up_steps=self.n_steps // 20,
@@ -137,7 +148,7 @@ class Config:
             rule,
             n_latents=self.n_latents,
             sites=(self.site,),
-            coefficients=(self.coefficient,),
+            coefficients=(self.coefficient or 0.0,),
             n_sample_batches=max(1, min(25, self.n_steps // 4)),
             seed=self.seed,
         )

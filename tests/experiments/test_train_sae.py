@@ -73,6 +73,7 @@ def test_activations_computed_as_they_are_needed(activations, text, tmp_path) ->
         ({"n_steps": -1}, "n_steps = -1"),
         ({"learning_rate": 0.0}, "learning_rate = 0.0"),
         ({"coefficient": -1.0}, "coefficient = -1.0"),
+        ({"variant": "relu"}, "'relu' without a coefficient"),
         ({"n_held_out": 0}, "n_held_out = 0"),
         ({"n_dashboard": -1}, "n_dashboard = -1"),
         ({"save_every": 0}, "save_every = 0"),
