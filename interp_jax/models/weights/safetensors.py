@@ -34,6 +34,7 @@ import numpy as np
 from interp_jax.core.errors import LoadError, UnsupportedModelError, closest, four_part, shorten
 from interp_jax.models import tokenizers as tokenizer_rules
 from interp_jax.models.weights.checkpoint import Checkpoint, LazyTensor, Tensors, read_values
+from interp_jax.models.weights.rope_keys import with_older_rope_keys
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _OTHER_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "flax_model.msgpack", "tf_model.h5")
@@ -67,7 +68,7 @@ def read_checkpoint(directory: Path, *, source: str | None = None) -> Checkpoint
         UnsupportedModelError: The weights are in another format, or of a dtype numpy has no type for.
     """
     source = source or str(directory)
-    config = _read_object(directory / "config.json")
+    config = with_older_rope_keys(_read_object(directory / "config.json"))
     family = config.get("model_type")
     if not isinstance(family, str):
         raise LoadError(
