@@ -1,9 +1,11 @@
 """What published models say of themselves in their config.json, and how many parameters they are known to have.
 
 Written down once, with what matters: every key of each file that our loaders see, among them the keys of old files that
-no library reads any more. Values that no loader reads may have changed on the Hub since.
+no library reads any more. They were not compared with the Hub, which cannot be reached from here, and values that no
+loader reads may differ there.
 
-Source: the models' config.json on the Hugging Face Hub; their numbers of parameters are those their authors give.
+Source: what is known of the models' config.json and seen in public copies; their numbers of parameters are those their
+authors give.
 """
 
 from __future__ import annotations
