@@ -3,6 +3,9 @@
 PYTHON ?= python3
 JOBS ?= 2
 
+# Files whole, in the order tests/conftest.py gives them.
+PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
 PIP_FLAGS := --disable-pip-version-check --quiet
@@ -68,20 +71,20 @@ demo: venv
 
 # What CI runs, cheap before dear. Most of its time was LLVM's; the other targets run the code that users run.
 test: lint
-	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow'
+	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" $(BIN)/python -m pytest $(PARALLEL) -m 'not slow'
 
 # Pytest's exit status 5 says that no test is marked slow.
 test-slow: venv venv-oryx browser
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest $(PARALLEL) -m slow || [ $$? -eq 5 ]
 
 test-oldest: venv-oldest
-	$(OLDEST)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow'
+	$(OLDEST)/python -m pytest $(PARALLEL) -m 'not slow'
 
 test-newest: venv-newest
-	.venv-newest/bin/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow'
+	.venv-newest/bin/python -m pytest $(PARALLEL) -m 'not slow'
 
 test-tunix: venv-tunix
-	.venv-tunix/bin/python -m pytest -n $(JOBS) --dist loadfile tests/patches/tunix
+	.venv-tunix/bin/python -m pytest $(PARALLEL) tests/patches/tunix
 
 test-all: test test-slow test-oldest test-tunix
 

@@ -8,9 +8,12 @@ Source: interp_jax.
 
 from __future__ import annotations
 
+import gc
 import os
 import secrets
 import zlib
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,33 @@ def pytest_report_header() -> list[str]:
     """The versions and the seed, so that a failure can be repeated."""
     devices = f"jax {jax.__version__}, {jax.device_count()} CPU devices"
     return [f"{devices}; repeat this session with INTERP_TEST_SEED={SESSION_SEED}"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The README's blocks first, then files by their number of tests: none is left with a long file at the end."""
+    n_tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name != "test_readme.py", -n_tests[item.path], str(item.path)))
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test stays: the garbage collector need not walk through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def dropped_programs() -> Iterator[None]:
+    """Programs of earlier files are dropped once a process takes gigabytes; what is needed again is compiled again."""
+    yield
+    if resident_bytes() > 3e9:
+        jax.clear_caches()
+        gc.collect()
+
+
+def resident_bytes() -> int:
+    """How much memory this process has; 0 where the system does not say."""
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else 0
 
 
 ORACLES = Path(__file__).parent / "oracles"

@@ -21,6 +21,7 @@ Source: Bricken et al. 2023 for beta1 = 0 and the decoder's norm; Gao et al. 202
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -281,7 +282,7 @@ def _with_gradients(
     dead = term.dead(is_dead, n_steps)
     n_dead = dead.sum(dtype=jnp.int32)
     share = n_dead.astype(jnp.float32) / len(dead)
-    sizes = [max(1, int(len(dead) * few)) for few in SHARES_OF_FEW]
+    sizes = [math.ceil(len(dead) * few) for few in SHARES_OF_FEW]
 
     def of_few(size: int, params: Params, training_pass: TrainPass, residual: jax.Array) -> jax.Array:
         del training_pass
