@@ -37,7 +37,7 @@ def main(n_latents: int = 16384, n_batch: int = 4096) -> bool:
         "batch_top_k": _stepper(StepRule(BatchTopK(K)), n_latents, x),
         "relu, none dead": _stepper(ghost, n_latents, x),
         "relu, an eighth dead": _stepper(ghost, n_latents, x, dead_share=1 / 8),
-        "relu, four tenths dead": _stepper(ghost, n_latents, x, dead_share=0.4),
+        "relu, a third dead": _stepper(ghost, n_latents, x, dead_share=1 / 3),
         "relu, all dead": _stepper(ghost, n_latents, x, dead_share=1.0),
         "top_k, all dead": _stepper(
             StepRule(TopK(K), dead_term=AuxK(), dead_after_tokens=2**30), n_latents, x, dead_share=1.0
@@ -73,7 +73,7 @@ def main(n_latents: int = 16384, n_batch: int = 4096) -> bool:
         ("batch_top_k", "relu", 1.15),
         ("relu, none dead", "relu", 1.05),
         ("relu, an eighth dead", "relu", 1.5),
-        ("relu, four tenths dead", "relu", 1.5),
+        ("relu, a third dead", "relu", 1.5),
         ("relu, all dead", "relu", 1.5),
         ("top_k, all dead", "relu", 1.15),
     ):

@@ -14,7 +14,8 @@ lets the dead ones predict it. Its gradient reaches nothing but the dead latents
 -0.5712
 
 Sharp edges: a footnote of a later report says half the norm of the input; the recipe and its code say of the
-residual, and so does this. With all latents dead (`n_first_steps`) ghost gradients cost half a step more.
+residual, and so does this. With more than a third of the latents dead, or all (`n_first_steps`), ghost gradients cost
+two thirds of a step more: three products of all latents beside the five of a plain step.
 
 Source: Jermyn & Templeton, Anthropic's January 2024 update (ghost gradients); Gao et al. 2024 (AuxK).
 """

@@ -40,7 +40,7 @@ from interp_jax.methods.sae.parameters import Params
 
 TOKENS_MAX = 2**31 - 1
 # Up to such shares of dead latents, the term about them is computed from so many alone, which is compiled for each.
-SHARES_OF_FEW = (0.125, 0.4)
+SHARES_OF_FEW = (1 / 8, 1 / 3)
 
 
 @dataclass(frozen=True)
